@@ -1,0 +1,1 @@
+"""Curate images into a Hugging Face data set."""

@@ -1,0 +1,1 @@
+"""Sentences for an image: one module a captioner."""

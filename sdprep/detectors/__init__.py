@@ -1,0 +1,1 @@
+"""Boxes in an image: one module a detector."""

@@ -1,0 +1,1 @@
+"""Fine-tune Stable Diffusion models on a prepared data set."""
