@@ -1,0 +1,1 @@
+"""Adapters: what is trained in place of, or beside, the base weights."""

@@ -1,0 +1,80 @@
+"""The nouns of training: a batch, and the sizes that SDXL-like models are told about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MicroConditioning:
+    """Where the pixels of one sample come from; every pair is (height, width) or (top, left).
+
+    Args:
+        original_size_hw: upright size of the source picture before any resize, px.
+        crop_top_left: corner of the crop in the resized picture, px.
+        target_size_hw: size of the bucket, px.
+    """
+
+    original_size_hw: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size_hw: tuple[int, int]
+
+    def time_ids(self) -> list[int]:
+        """The six numbers in the order that the SDXL pipeline uses.
+
+        Swapped height and width have broken several public trainers, so no other place in the
+        program may put them together.
+        """
+        return [*self.original_size_hw, *self.crop_top_left, *self.target_size_hw]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one forward: all of one bucket size, already cropped, rendered and keyed.
+
+    Args:
+        ids: (B) sample ids.
+        visits: (B) how often each sample has been drawn before.
+        pixels: (B, 3, H, W) float32 in [-1, 1].
+        prompts: (B) rendered text; the empty string where the caption was dropped.
+        micro: (B) sizes of source, crop and bucket.
+        noise: (B, C, h, w) float32, keyed per sample and drawn on the CPU.
+        u: (B,) float64 in [0, 1), the noise level; it stays on the CPU, where looking up tables
+            never makes the device wait.
+    """
+
+    ids: list[str]
+    visits: list[int]
+    pixels: Tensor
+    prompts: list[str]
+    micro: list[MicroConditioning]
+    noise: Tensor
+    u: Tensor
+
+    def __post_init__(self) -> None:
+        counts = {
+            "ids": len(self.ids),
+            "visits": len(self.visits),
+            "pixels": len(self.pixels),
+            "prompts": len(self.prompts),
+            "micro": len(self.micro),
+            "noise": len(self.noise),
+            "u": len(self.u),
+        }
+        assert len(set(counts.values())) == 1, f"parts of a batch differ in length: {counts}"
+        assert self.u.dtype == torch.float64, f"u must be float64, not {self.u.dtype}"
+        assert self.noise.dtype == torch.float32, f"noise must be float32, not {self.noise.dtype}"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with pixels and noise on `device`, copied without waiting."""
+        return replace(
+            self,
+            pixels=self.pixels.to(device, non_blocking=True),
+            noise=self.noise.to(device, non_blocking=True),
+        )

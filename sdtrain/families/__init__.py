@@ -1,0 +1,1 @@
+"""Model families: all knowledge of one architecture sits in its module."""

@@ -1,0 +1,1 @@
+"""File formats of models: how tensors and configs lie on disk."""

@@ -1,0 +1,1 @@
+"""Losses: (prediction, target) to one number per sample."""

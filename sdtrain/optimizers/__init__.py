@@ -1,0 +1,1 @@
+"""Optimizers: parameter groups to a torch optimizer."""

@@ -1,0 +1,1 @@
+"""Schedules: samples seen to a factor on every learning rate."""

@@ -1,0 +1,1 @@
+"""Weightings: signal-to-noise ratio to one factor per sample."""
