@@ -215,7 +215,12 @@ def _check(width: int, height: int) -> None:
         raise DataError(f"an image of {width} x {height} px has no bucket; both must be >= 1")
 
 
-def checkedchecked_sides(widths: Any, heights: Any) -> tuple[np.ndarray, np.ndarray]:
+def checked_sides(widths: Any, heights: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both as int64 arrays.
+
+    Raises:
+        DataError: an image has no area.
+    """
     w, h = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     for row in np.flatnonzero((w < 1) | (h < 1))[:1]:
         _check(int(w[row]), int(h[row]))
