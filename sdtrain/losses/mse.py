@@ -1,0 +1,34 @@
+"""Mean squared error."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from sdprep.recipe import Section
+from sdtrain.family import Loss
+
+
+class Config(Section):
+    """Mean squared error; what diffusion models are trained with."""
+
+    type: Literal["mse"] = "mse"
+
+    def build(self) -> Loss:
+        """The loss."""
+        return mse
+
+
+def mse(prediction: Tensor, target: Tensor, **level: Tensor) -> Tensor:
+    """Mean over everything but the batch of the squared difference.
+
+    Args:
+        prediction: (B, …).
+        target: (B, …).
+        **level: u and logsnr, which this loss does not look at.
+
+    Returns:
+        (B,) float32.
+    """
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
