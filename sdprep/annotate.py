@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sdprep.commits import fragment_of
+from sdprep.console import progress
+from sdprep.errors import DataError, UserError
+from sdprep.schema import CORE
+from sdprep.table import PhotoTable, original_bytes
+
 if TYPE_CHECKING:
-    import pyarrow as pa
     from PIL import Image
 
 
@@ -25,7 +38,7 @@ class Sample:
     """One image as annotators see it."""
 
     id: str
-    row: dict[str, Any]  # the core columns of schema.CORE but `image`, plus `Annotator.inputs`
+    row: dict[str, Any]  # the core columns of schema.CORE but `image`
     image: Image.Image | None = None  # upright sRGB, mode RGB, stored resolution
     alpha: Image.Image | None = None  # upright, mode L; None where the image is opaque
     data: bytes | None = None
@@ -38,6 +51,7 @@ class Annotator(Protocol):
     pixels: PixelNeeds
     fingerprint: str  # name, version, options, model revision or weights hash
     batch_size: int
+    is_thread_safe: bool  # True: pure CPU work, called from several decode threads at once
 
     def annotate(self, batch: Sequence[Sample]) -> pa.RecordBatch:
         """One row per sample, in their order, with `columns` as schema.
@@ -46,3 +60,292 @@ class Annotator(Protocol):
         message in the `error` of those that fail alone.
         """
         ...
+
+
+@dataclass
+class ColumnReport:
+    """What happened to one column."""
+
+    column: str
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    images_per_second: float = 0.0
+    first_error: str = ""
+
+
+COMMIT_SECONDS = 60.0
+_TOO_MANY_FAILED = 0.2
+
+
+def annotate(
+    table: PhotoTable,
+    annotators: Mapping[str, Annotator],
+    *,
+    redo: bool = False,
+    retry_failed: bool = False,
+    where: str | None = None,
+    batch_size: int | None = None,
+    commit_seconds: float = COMMIT_SECONDS,
+) -> list[ColumnReport]:
+    """Fill the columns of some annotators for every image that has no value there yet.
+
+    Each image is decoded once for all of them. What is finished is committed at most once a minute
+    and at the end, so a kill loses that minute at most; running it again does just the rest.
+
+    Args:
+        annotators: column name → annotator.
+        redo: forget what the columns hold.
+        retry_failed: also try again where an earlier attempt ended in an error.
+        where: SQL predicate, to annotate only some images.
+        batch_size: samples per call, in place of each annotator's own.
+
+    Raises:
+        UserError: a column holds results of other options, or a fifth of the images failed.
+    """
+    with table.writer():
+        table.refresh()
+        for column, annotator in annotators.items():
+            table.ensure_annotator(column, annotator.columns, annotator.fingerprint, redo=redo)
+        run = _Run(table, annotators, retry_failed, where, batch_size, commit_seconds)
+        run.work_through()
+        for column in annotators:
+            table.finish_redo(column)
+        return list(run.reports.values())
+
+
+class _Run:
+    """One pass over a table."""
+
+    def __init__(
+        self,
+        table: PhotoTable,
+        annotators: Mapping[str, Annotator],
+        retry_failed: bool,
+        where: str | None,
+        batch_size: int | None,
+        commit_seconds: float,
+    ) -> None:
+        self.table = table
+        self.annotators = annotators
+        self.batch_size = batch_size
+        self.commit_seconds = commit_seconds
+        self.reports = {column: ColumnReport(column) for column in annotators}
+        self.results = _Results(table, list(annotators), retry_failed)
+        self.open_in = {column: _open_predicate(column, retry_failed) for column in annotators}
+        any_open = " OR ".join(f"({predicate})" for predicate in self.open_in.values())
+        self.where = f"reject_ingest IS NULL AND ({any_open})"
+        if where:
+            self.where += f" AND ({where})"
+
+    def work_through(self) -> None:
+        """Annotate every open row and commit."""
+        total = self.table.count(self.where)
+        for column, report in self.reports.items():
+            predicate = f"reject_ingest IS NULL AND NOT ({self.open_in[column]})"
+            report.skipped = self.table.count(predicate)
+        if not total:
+            return
+        started = last_commit = time.monotonic()
+        names = ", ".join(self.annotators)
+        try:
+            with progress(names, total) as bar, closing(self._batches()) as batches:
+                for fragment_id, outcomes in batches:
+                    self._take_in(fragment_id, outcomes)
+                    bar.advance(len(outcomes))
+                    if time.monotonic() - last_commit >= self.commit_seconds:
+                        self.results.commit()
+                        last_commit = time.monotonic()
+        finally:
+            self.results.commit()
+        seconds = max(time.monotonic() - started, 1e-9)
+        for report in self.reports.values():
+            report.images_per_second = round((report.done + report.failed) / seconds, 2)
+
+    def _take_in(self, fragment_id: int, outcomes: list[_Outcome]) -> None:
+        for outcome in outcomes:
+            for column, value in outcome.values.items():
+                report = self.reports[column]
+                if value["error"] is None:
+                    report.done += 1
+                else:
+                    report.failed += 1
+                    report.first_error = report.first_error or f"{outcome.id}: {value['error']}"
+        self.results.add(fragment_id, outcomes)
+        for report in self.reports.values():
+            tried = report.done + report.failed
+            if report.failed > max(20, _TOO_MANY_FAILED * tried):
+                raise UserError(
+                    f"{report.column}: {report.failed} of {tried} images failed, so something is "
+                    f"wrong with more than a few files; the first: {report.first_error}",
+                    "What is done is kept. Mend it, then run again with --retry-failed.",
+                )
+
+    def _batches(self) -> Generator[tuple[int, list[_Outcome]], None, None]:
+        """Results in table order, a few chunks ahead of the reader at most."""
+        workers = max(1, os.cpu_count() or 1)
+        waiting: deque[tuple[int, Future[_Chunk]]] = deque()
+        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+            try:
+                for fragment_id, rows in self._chunks():
+                    waiting.append((fragment_id, pool.submit(self._in_thread, rows)))
+                    if len(waiting) > workers + 1:
+                        yield self._in_turn(*waiting.popleft())
+                while waiting:
+                    yield self._in_turn(*waiting.popleft())
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _chunks(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        size = self.batch_size or max(a.batch_size for a in self.annotators.values())
+        needs_image = any(a.pixels.pixels or a.pixels.data for a in self.annotators.values())
+        columns = {name: name for name in CORE.names if name != "image" or needs_image}
+        for column, predicate in self.open_in.items():
+            columns[f"open {column}"] = predicate
+        for fragment in self.table.dataset.get_fragments():
+            scanner = fragment.scanner(columns=columns, filter=self.where, batch_size=size)
+            for batch in scanner.to_batches():
+                if batch.num_rows:
+                    yield fragment.fragment_id, batch.to_pylist()
+
+    def _in_thread(self, rows: list[dict[str, Any]]) -> _Chunk:
+        """Decode, and run the annotators that need no turn of their own."""
+        outcomes = [_Outcome(row["id"], _open_columns(row, self.annotators)) for row in rows]
+        samples: list[Sample | None] = []
+        for row, outcome in zip(rows, outcomes, strict=True):
+            try:
+                samples.append(_sample(row, outcome, self.annotators))
+            except DataError as error:
+                samples.append(None)
+                for column, annotator in self.annotators.items():
+                    if column in outcome.open:
+                        outcome.values[column] = _failure(annotator, str(error))
+        chunk = _Chunk(outcomes, samples)
+        for column, annotator in self.annotators.items():
+            if annotator.is_thread_safe:
+                self._run(column, annotator, chunk)
+        return chunk
+
+    def _in_turn(self, fragment_id: int, future: Future[_Chunk]) -> tuple[int, list[_Outcome]]:
+        chunk = future.result()
+        for column, annotator in self.annotators.items():
+            if not annotator.is_thread_safe:
+                self._run(column, annotator, chunk)
+        return fragment_id, chunk.outcomes
+
+    def _run(self, column: str, annotator: Annotator, chunk: _Chunk) -> None:
+        todo = [
+            (outcome, sample)
+            for outcome, sample in zip(chunk.outcomes, chunk.samples, strict=True)
+            if sample is not None and column in outcome.open
+        ]
+        size = self.batch_size or annotator.batch_size
+        for start in range(0, len(todo), size):
+            part = todo[start : start + size]
+            values = _values(annotator, [sample for _, sample in part])
+            for (outcome, _), value in zip(part, values, strict=True):
+                outcome.values[column] = value
+
+
+@dataclass
+class _Outcome:
+    id: str
+    open: frozenset[str]  # the columns that have no value yet
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class _Chunk:
+    outcomes: list[_Outcome]
+    samples: list[Sample | None]  # None: the image did not open
+
+
+def _open_predicate(column: str, retry_failed: bool) -> str:
+    if retry_failed:
+        return f"{column} IS NULL OR {column}.error IS NOT NULL"
+    return f"{column} IS NULL"
+
+
+def _open_columns(row: dict[str, Any], annotators: Mapping[str, Annotator]) -> frozenset[str]:
+    return frozenset(column for column in annotators if row.pop(f"open {column}"))
+
+
+def _sample(row: dict[str, Any], outcome: _Outcome, annotators: Mapping[str, Annotator]) -> Sample:
+    """Decode one image as far as the annotators that still want it need.
+
+    Raises:
+        DataError: the file is gone or does not open.
+    """
+    needs = [a.pixels for column, a in annotators.items() if column in outcome.open]
+    image = alpha = data = None
+    if any(need.pixels or need.data for need in needs):
+        data = original_bytes(row)
+    if any(need.pixels for need in needs):
+        from sdprep.images import open_image
+
+        assert data is not None
+        # An animation is in the table only if its first frame was asked for at ingest.
+        opened = open_image(data, first_frame=True)
+        image, alpha = opened.image, opened.alpha
+    row = {name: value for name, value in row.items() if name != "image"}
+    return Sample(id=row["id"], row=row, image=image, alpha=alpha, data=data)
+
+
+def _values(annotator: Annotator, samples: list[Sample]) -> list[dict[str, Any]]:
+    """Results of one batch; when it fails, of its samples one by one."""
+    try:
+        batch = annotator.annotate(samples)
+    except UserError:
+        raise  # a missing extra or a wrong model concerns every image, not this one
+    except Exception as error:
+        if len(samples) == 1:
+            return [_failure(annotator, f"{type(error).__name__}: {error}")]
+        return [_values(annotator, [sample])[0] for sample in samples]
+    assert batch.num_rows == len(samples), "one row per sample"
+    assert batch.schema.names == annotator.columns.names, "the declared columns"
+    return [{**row, "error": None} for row in batch.to_pylist()]
+
+
+def _failure(annotator: Annotator, message: str) -> dict[str, Any]:
+    return {**dict.fromkeys(annotator.columns.names), "error": message}
+
+
+class _Results:
+    """Finished values that are not committed yet."""
+
+    def __init__(self, table: PhotoTable, columns: list[str], retry_failed: bool) -> None:
+        self.table = table
+        self.columns = columns
+        self.retry_failed = retry_failed
+        self.by_fragment: dict[int, list[_Outcome]] = {}
+
+    def add(self, fragment_id: int, outcomes: list[_Outcome]) -> None:
+        self.by_fragment.setdefault(fragment_id, []).extend(outcomes)
+
+    def commit(self) -> None:
+        """Write all of them in one commit."""
+        updates = {
+            fragment_id: self._rows(fragment_id, outcomes)
+            for fragment_id, outcomes in self.by_fragment.items()
+        }
+        self.by_fragment.clear()
+        self.table.commit(updates, only_open=not self.retry_failed)
+
+    def _rows(self, fragment_id: int, outcomes: list[_Outcome]) -> pa.Table:
+        """New values; where an image had one already, that one again."""
+        schema = self.table.schema
+        ids = pa.array([outcome.id for outcome in outcomes], pa.string())
+        fragment = fragment_of(self.table.dataset, fragment_id)
+        partial = [c for c in self.columns if any(c not in o.values for o in outcomes)]
+        old = fragment.to_table(columns=["id", *partial]) if partial else None
+        values = {}
+        for column in self.columns:
+            type_ = schema.field(column).type
+            new = pa.array([outcome.values.get(column) for outcome in outcomes], type_)
+            if old is not None and column in partial:
+                places = pc.index_in(ids, value_set=old["id"].combine_chunks())
+                kept = old[column].combine_chunks().take(places)
+                is_new = pa.array([column in outcome.values for outcome in outcomes])
+                new = pc.if_else(is_new, new, kept)
+            values[column] = new
+        return pa.table({"id": ids, **values})
