@@ -193,7 +193,7 @@ class PhotoTable:
         except (OSError, ValueError) as error:
             if where is None or "Invalid user input" not in str(error):
                 raise
-            reason = re.sub(r",? \S*/rust/\S+$", "", str(error)).removeprefix(
+            reason = re.sub(r",? \S*/rust/\S+", "", str(error)).removeprefix(
                 "Invalid user input: "
             )
             raise UserError(

@@ -1,4 +1,4 @@
-"""The table keeps every row, commits once, survives conflicts and takes back one column at a time."""
+"""The table keeps every row, commits once, survives conflicts, takes back one column at a time."""
 
 from __future__ import annotations
 
