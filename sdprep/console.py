@@ -87,3 +87,24 @@ def progress(description: str, total: int | None, unit: str = "images") -> Itera
     )
     with RichProgress(*columns, console=talk) as bar:
         yield Progress(bar, bar.add_task(description, total=total))
+
+
+def command_line() -> str:
+    """What the user typed, for the history."""
+    import shlex
+    from pathlib import Path
+
+    return shlex.join([Path(sys.argv[0]).stem, *sys.argv[1:]])
+
+
+def run_app(app: Any) -> None:
+    """Run a Typer app: what the user can fix is one message and exit status 2."""
+    from sdprep.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        talk.print(f"[red]error[/red] {escape(error.message)}", soft_wrap=True)
+        if error.hint:
+            talk.print(f"  {escape(error.hint)}", soft_wrap=True)
+        sys.exit(error.exit_code)

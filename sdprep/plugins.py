@@ -88,6 +88,55 @@ def union(kind: str) -> Any:
     from pydantic import Field
 
     members = tuple(configs(kind).values())
+    if not members:
+        return _nothing(kind)
     if len(members) == 1:
         return members[0]
     return Annotated[Union[members], Field(discriminator="type")]  # noqa: UP007  built at run time
+
+
+def _nothing(kind: str) -> Any:
+    """Stands for a kind that has no plugin: whatever a recipe asks of it is explained."""
+    from pydantic import BeforeValidator
+
+    def refuse(value: Any) -> Any:
+        raise ValueError(f"no {kind} is installed")
+
+    return Annotated[dict, BeforeValidator(refuse)]
+
+
+def describe(kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Every plugin of some kinds with what it does and its options, JSON-able."""
+    return {
+        kind: [_described(name, config) for name, config in configs(kind).items()] for kind in kinds
+    }
+
+
+def _described(name: str, config: type[Section]) -> dict[str, Any]:
+    options = [
+        {
+            "key": field.alias or key,
+            "default": None
+            if field.is_required()
+            else field.get_default(call_default_factory=True),
+            "required": field.is_required(),
+            "description": field.description or "",
+        }
+        for key, field in config.model_fields.items()
+        if key != "type"
+    ]
+    summary = (config.__doc__ or "").strip().split("\n")[0]
+    return {"name": name, "summary": summary, "module": config.__module__, "options": options}
+
+
+def describe_text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = []
+    for kind, plugins in found.items():
+        lines.append(f"{kind}s" if plugins else f"{kind}s: none yet")
+        for plugin in plugins:
+            lines.append(f"  {plugin['name']}: {plugin['summary']}")
+            for option in plugin["options"]:
+                default = "required" if option["required"] else f"default {option['default']}"
+                lines.append(f"    {option['key']} ({default}): {option['description']}")
+    return "\n".join(lines)

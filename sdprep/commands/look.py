@@ -1,0 +1,77 @@
+"""Looking at a table, and undoing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdprep.commands.common import Json, Table, show_report
+
+
+def status(table: Table, json_: Json = False) -> None:
+    """Where things stand: what is done, left, rejected and why."""
+    from sdprep.commands.text import status_text
+    from sdprep.status import status as find
+    from sdprep.table import PhotoTable
+
+    found = find(PhotoTable.open(table))
+    show_report(found, json_, status_text(found))
+
+
+def history(table: Table, json_: Json = False) -> None:
+    """Finished stages, oldest first, with the command that made them."""
+    from dataclasses import asdict
+
+    from sdprep.commands.text import history_text
+    from sdprep.history import history as find
+    from sdprep.table import PhotoTable
+
+    stages = [asdict(stage) for stage in find(PhotoTable.open(table))]
+    show_report({"stages": stages}, json_, history_text(stages))
+
+
+def undo(
+    table: Table,
+    column: Annotated[
+        str | None, typer.Argument(help="Take back its last change; none: the last stage.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Take back the last change of one column, and of no other."""
+    from sdprep.history import undo as take_back
+    from sdprep.table import PhotoTable
+
+    stage = take_back(PhotoTable.open(table), column)
+    names = [column] if column else list(stage.columns)
+    report = {"stage": stage.name, "command": stage.command, "columns": names}
+    show_report(report, json_, f"took back {', '.join(names)} as {stage.command!r} left it")
+
+
+def show(
+    table: Table,
+    id_: Annotated[str, typer.Argument(metavar="ID", help="Id, its start, or a file name.")],
+    to: Annotated[
+        Path | None, typer.Option(help="Also write the picture, as stages see it.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Everything that is known about one image."""
+    from sdprep.commands.text import row_text
+    from sdprep.status import find_row, save_picture
+    from sdprep.table import PhotoTable
+
+    opened = PhotoTable.open(table)
+    row = find_row(opened, id_)
+    if to:
+        save_picture(opened, row, to)
+    show_report(row, json_, row_text(row))
+
+
+def plugins(json_: Json = False) -> None:
+    """Every source, scorer, tagger, detector and captioner, with its options."""
+    from sdprep.plugins import PREP_KINDS, describe, describe_text
+
+    found = describe(PREP_KINDS)
+    show_report(found, json_, describe_text(found))

@@ -1,0 +1,92 @@
+"""Prompts, publishing, whole recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdprep.commands.common import Json, Set, Strict, Table, show_report
+
+
+def prompts(
+    table: Table,
+    policy: Annotated[Path | None, typer.Option(help="TOML file with a [policy].")] = None,
+    compare: Annotated[Path | None, typer.Option(help="A second policy beside it.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 5,
+    visit: Annotated[int, typer.Option(min=0, help="How often the image was drawn before.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training run.")] = 0,
+    stats: Annotated[bool, typer.Option("--stats", help="Histograms in place of texts.")] = False,
+    to: Annotated[Path | None, typer.Option(help="Also draw the statistics as PNG.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show the exact text that the trainer will see."""
+    from sdprep.commands.prompt_text import preview, statistics
+    from sdprep.table import PhotoTable
+
+    opened = PhotoTable.open(table)
+    files = [policy, compare] if compare else [policy]
+    found, text = (
+        statistics(opened, files, seed, to) if stats else preview(opened, files, count, visit, seed)
+    )
+    show_report(found, json_, text)
+
+
+def publish(
+    table: Table,
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    format_: Annotated[str, typer.Option("--format", help="parquet or lance.")] = "parquet",
+    policy: Annotated[Path | None, typer.Option(help="TOML file with a [policy].")] = None,
+    settings: Set = None,
+    json_: Json = False,
+) -> None:
+    """Write the prepared data set: a folder that load_dataset opens."""
+    from sdprep.commands.prompt_text import read_policy
+    from sdprep.commands.text import publish_text
+    from sdprep.pipeline import publish_stage
+    from sdprep.publish import PublishConfig
+    from sdprep.recipe import options
+    from sdprep.table import PhotoTable
+
+    config = options(PublishConfig, settings or [], to=str(to), format=format_)
+    report = publish_stage(PhotoTable.open(table), config, read_policy(policy))
+    show_report(report, json_, publish_text(report))
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="TOML file.")],
+    settings: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", help="Leave earlier stages out.")
+    ] = None,
+    strict: Strict = False,
+    json_: Json = False,
+) -> None:
+    """Run all stages of a recipe; each does only what is missing."""
+    from sdprep.commands.text import plan_text, stage_text
+    from sdprep.pipeline import plan, run_recipe
+    from sdprep.prep_recipe import PrepRecipe
+    from sdprep.recipe import load_recipe
+
+    loaded = load_recipe(recipe, PrepRecipe, settings or [])
+    if dry_run:
+        steps = plan(loaded)
+        stages = [{"stage": name, **report} for name, report in steps]
+        show_report({"dry_run": True, "stages": stages}, json_, plan_text(steps))
+        return
+
+    def tell(name: str, report: dict[str, Any]) -> None:
+        if not json_:
+            show_report(report, False, stage_text(name, report))
+
+    done = run_recipe(loaded, from_stage, tell)
+    if json_:
+        show_report({"stages": [{"stage": name, **report} for name, report in done]}, True, "")
+    failed = sum(a["failed"] for _, report in done for a in report.get("annotators", []))
+    rejected = sum(report.get("rejected", 0) for name, report in done if name == "ingest")
+    if strict and (failed or rejected):
+        raise typer.Exit(3)

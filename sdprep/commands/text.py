@@ -1,0 +1,176 @@
+"""Reports in words, for people; scripts read the same reports with `--json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns under a header: numbers to the right, the rest to the left."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    is_number = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(values: Sequence[str]) -> str:
+        placed = [
+            value.rjust(width) if number else value.ljust(width)
+            for value, width, number in zip(values, widths, is_number, strict=True)
+        ]
+        return "  ".join(placed).rstrip()
+
+    return "\n".join(line(values) for values in [list(header), *cells])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value is None
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def counted(counts: Report, separator: str = ", ") -> str:
+    """`name 12, other 3`."""
+    return separator.join(f"{name} {_cell(count)}" for name, count in counts.items())
+
+
+def ingest_text(report: Report) -> str:
+    """What came in, and what did not and why."""
+    lines = [
+        counted({key: report[key] for key in ("found", "added", "already_present", "rejected")})
+        + f", other files {report['ignored']:,}"
+    ]
+    lines += [f"  {entry['source_key']}: {entry['reason']}" for entry in report["rejects"][:20]]
+    if len(report["rejects"]) > 20:
+        lines.append(f"  … and {len(report['rejects']) - 20:,} more; --json lists all")
+    return "\n".join(lines)
+
+
+def annotators_text(reports: list[Report]) -> str:
+    """A line for each column."""
+    keys = ("column", "done", "skipped", "failed", "images_per_second")
+    text = grid(
+        [key.replace("_per_", "/") for key in keys], [[r[k] for k in keys] for r in reports]
+    )
+    errors = [f"  {r['column']}: {r['first_error']}" for r in reports if r.get("first_error")]
+    return "\n".join([text, *errors])
+
+
+def tags_text(report: Report) -> str:
+    """What composing did."""
+    return "tags: " + counted({key: value for key, value in report.items() if _is_number(value)})
+
+
+def dedup_text(report: Report) -> str:
+    """Groups by level."""
+    return "duplicates: " + counted({k: v for k, v in report.items() if _is_number(v)})
+
+
+def split_text(report: Report) -> str:
+    """Sizes of both sides."""
+    return f"split: {counted({key: report[key] for key in ('train', 'validation', 'groups')})}"
+
+
+def verify_text(report: Report) -> str:
+    """What was checked, and what does not hold."""
+    problems = report["problems"]
+    if problems:
+        return "\n".join([f"split does not hold: {len(problems)} problems", *map(str, problems)])
+    return "split holds: " + counted({k: v for k, v in report.items() if _is_number(v)})
+
+
+def publish_text(report: Report) -> str:
+    """Where it is, and how to open it."""
+    return (
+        f"published {report['train']:,} train and {report['validation']:,} validation images\n"
+        f"  datasets.load_dataset({report['path']!r})"
+    )
+
+
+def lint_text(report: Report) -> str:
+    """Problems by kind, with examples."""
+    lines = [counted({k: v for k, v in report.items() if _is_number(v)})]
+    by_kind: dict[str, list[Report]] = {}
+    for problem in report["problems"]:
+        by_kind.setdefault(problem["kind"], []).append(problem)
+    for kind, problems in by_kind.items():
+        lines.append(f"{kind}: {len(problems):,}")
+        lines += [f"  {_problem(problem)}" for problem in problems[:3]]
+    return "\n".join(lines)
+
+
+def _problem(problem: Report) -> str:
+    return ", ".join(f"{key} {value}" for key, value in problem.items() if key != "kind")
+
+
+_STAGE_TEXT = {
+    "ingest": ingest_text,
+    "annotate": lambda report: annotators_text(report["annotators"]),
+    "tags": tags_text,
+    "dedup": dedup_text,
+    "select": lambda report: f"select: {counted(report)}",
+    "split": split_text,
+    "publish": publish_text,
+}
+
+
+def stage_text(name: str, report: Report) -> str:
+    """One stage of a recipe."""
+    return _STAGE_TEXT[name](report)
+
+
+def plan_text(steps: Sequence[tuple[str, Report]]) -> str:
+    """What a run would do."""
+    lines = [f"{name:<9} {json.dumps(report, ensure_ascii=False)}" for name, report in steps]
+    return "\n".join(["would run, in this order:", *lines])
+
+
+def status_text(found: Report) -> str:
+    """Where a table stands."""
+    lines = [
+        f"{found['table']}  version {found['version']}: {found['images']:,} images, "
+        f"{found['kept']:,} kept"
+    ]
+    if found["annotators"]:
+        keys = ("column", "done", "open", "failed", "fingerprint")
+        rows = [[row[key] for key in keys] for row in found["annotators"]]
+        lines.append(grid(["column", "done", "left", "failed", "made by"], rows))
+    for stage, reasons in found["rejected"].items():
+        lines.append(f"rejected by {stage}: {counted(reasons)}")
+    for title in ("splits", "warnings"):
+        if found[title]:
+            lines.append(f"{title}: {counted(found[title])}")
+    return "\n".join(lines)
+
+
+def history_text(stages: list[Report]) -> str:
+    """Finished stages, a line each."""
+    if not stages:
+        return "nothing has been done yet"
+    rows = [
+        [s["finished"].replace("+00:00", "Z"), s["name"], ", ".join(s["columns"]), s["command"]]
+        for s in stages
+    ]
+    return grid(["finished", "stage", "columns", "command"], rows)
+
+
+def row_text(row: Report) -> str:
+    """Everything that is known about one image; what is not known is left out."""
+    lines = []
+    for name, value in row.items():
+        if value is None or value == []:
+            continue
+        if isinstance(value, bytes):
+            value = value.hex()
+        if not isinstance(value, str | int | float):
+            value = json.dumps(value, ensure_ascii=False, default=str)
+        lines.append(f"{name:<18} {value}")
+    return "\n".join(lines)

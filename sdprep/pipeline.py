@@ -1,0 +1,224 @@
+"""The stages, one function each: what a command runs alone, and `sdprep run` in order.
+
+Every stage does only what is missing, so a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sdprep import plugins
+from sdprep.annotate import Annotator, annotate
+from sdprep.console import command_line, say
+from sdprep.errors import RecipeError, UserError, nearest
+from sdprep.history import stage
+from sdprep.prep_recipe import COLUMN_PREFIX, PrepRecipe, column_name
+from sdprep.recipe import AnnotatorConfig, options
+from sdprep.table import PhotoTable
+
+Report = dict[str, Any]
+
+
+# --- one stage each -------------------------------------------------------------------------------
+
+
+def ingest_stage(table: PhotoTable, source: Any, **how: Any) -> Report:
+    """Add the images of one source, and the text beside them."""
+    from sdprep.ingest import ingest
+
+    with stage(table, "ingest", command_line()):
+        return ingest(table, source, **how).to_json()
+
+
+def annotate_stage(
+    table: PhotoTable, jobs: Iterable[tuple[str, str, Any]], **how: Any
+) -> list[Report]:
+    """Run some annotators, (kind, column, config) each, over one shared decode."""
+    jobs = list(jobs)
+    annotators: dict[str, Annotator] = {column: config.build() for _, column, config in jobs}
+    if not annotators:
+        return []
+    kinds = "+".join(dict.fromkeys(COLUMN_PREFIX[kind] for kind, _, _ in jobs))
+    with stage(table, kinds, command_line()):
+        reports = annotate(table, annotators, **how)
+    return [asdict(report) for report in reports]
+
+
+def compose_stage(table: PhotoTable, config: Any) -> Report:
+    """Compose the final tags and captions of every image."""
+    from sdprep.tags import compose_tags
+
+    with stage(table, "tags", command_line()):
+        return compose_tags(table, config)
+
+
+def duplicates_stage(table: PhotoTable, config: Any) -> Report:
+    """Find exact and near duplicates, and name the groups."""
+    from sdprep.duplicates import find_duplicates
+
+    with stage(table, "dedup", command_line()):
+        return find_duplicates(table, config).to_json()
+
+
+def select_stage(table: PhotoTable, config: Any, *, reset: bool = False) -> Report:
+    """Reject what does not match a predicate."""
+    from sdprep.select import select_table
+
+    with stage(table, "select", command_line()):
+        where = config.where if config else None
+        reason = config.reason if config else None
+        return asdict(select_table(table, where, reason, reset=reset))
+
+
+def split_stage(table: PhotoTable, config: Any) -> Report:
+    """Assign train and validation by group."""
+    from sdprep.split import split_table
+
+    with stage(table, "split", command_line()):
+        return split_table(table, config).to_json()
+
+
+def publish_stage(table: PhotoTable, config: Any, policy: Any, recipe_text: str = "") -> Report:
+    """Write the prepared data set."""
+    from sdprep.publish import publish
+
+    return publish(table, config=config, policy=policy, recipe_text=recipe_text).to_json()
+
+
+# --- annotators from the command line -------------------------------------------------------------
+
+
+def configs_from_options(
+    kind: str, names: list[str], settings: list[str], as_name: str | None
+) -> list[tuple[str, str, AnnotatorConfig]]:
+    """(kind, column, config) for `--with NAME …` and `--set key=value …`.
+
+    With several names a setting says whose it is: `--set technical.key=value`.
+
+    Raises:
+        UserError: an unknown plugin, key or value; `--as` with several plugins.
+    """
+    if as_name and len(names) > 1:
+        raise UserError("--as names one column, and several plugins were given")
+    jobs = []
+    for name in names:
+        own = [setting for setting in settings if _is_for(setting, name, names)]
+        given = {"type": name} | ({"as": as_name} if as_name else {})
+        own = [setting.removeprefix(f"{name}.") for setting in own]
+        config = options(plugins.config_for(kind, name), own, **given)
+        jobs.append((kind, column_name(kind, config), config))  # type: ignore[arg-type]
+    return jobs  # type: ignore[return-value]
+
+
+def _is_for(setting: str, name: str, names: list[str]) -> bool:
+    first = setting.split("=")[0].split(".")[0]
+    if first in names:
+        return first == name
+    if len(names) > 1:
+        raise UserError(
+            f"--set {setting}: several plugins were given",
+            f"Say whose option it is, such as --set {name}.{setting}",
+        )
+    return True
+
+
+# --- a whole recipe -------------------------------------------------------------------------------
+
+STAGES = ("ingest", "annotate", "tags", "dedup", "select", "split", "publish")
+
+
+def run_recipe(
+    recipe: PrepRecipe, recipe_text: str, from_stage: str | None = None
+) -> list[tuple[str, Report]]:
+    """Run all stages of a recipe in order; each does only what is missing.
+
+    Args:
+        recipe: what to do.
+        recipe_text: its resolved text, for the card of the published data set.
+        from_stage: leave out the stages before this one.
+
+    Returns:
+        (stage, report) of every stage that ran.
+    """
+    wanted = _from(from_stage)
+    table = PhotoTable.open(recipe.table, create="ingest" in wanted and bool(recipe.source))
+    done = []
+    for name, work in _work(recipe, recipe_text, table):
+        if name in wanted:
+            say(f"[bold]{name}[/bold]")
+            done.append((name, work()))
+    return done
+
+
+def _from(from_stage: str | None) -> tuple[str, ...]:
+    if from_stage is None:
+        return STAGES
+    if from_stage not in STAGES:
+        near = nearest(from_stage, STAGES)
+        hint = f"Did you mean {near}? " if near else ""
+        raise UserError(f"no stage {from_stage!r}", f"{hint}Stages: {', '.join(STAGES)}.")
+    return STAGES[STAGES.index(from_stage) :]
+
+
+def _work(
+    recipe: PrepRecipe, recipe_text: str, table: PhotoTable
+) -> list[tuple[str, Callable[[], Report]]]:
+    """The stages that the recipe asks for, in order."""
+    work: list[tuple[str, Callable[[], Report]]] = []
+    for config in recipe.source:
+        source = config.build()
+        work.append(("ingest", lambda s=source: ingest_stage(table, s, storage=recipe.storage)))
+    jobs = recipe.annotators()
+    if jobs:
+        work.append(("annotate", lambda: {"annotators": annotate_stage(table, jobs)}))
+    if recipe.tags is not None or recipe.tag or recipe.caption:
+        work.append(("tags", lambda: compose_stage(table, recipe.tags)))
+    if recipe.duplicates is not None:
+        work.append(("dedup", lambda: duplicates_stage(table, recipe.duplicates)))
+    if recipe.select is not None:
+        work.append(("select", lambda: select_stage(table, recipe.select)))
+    if recipe.split is not None:
+        split = _seeded(recipe.split, recipe.seed)
+        work.append(("split", lambda: split_stage(table, split)))
+    if recipe.publish is not None:
+        publish = _seeded(recipe.publish, recipe.seed)
+        work.append(("publish", lambda: publish_stage(table, publish, recipe.policy, recipe_text)))
+    return work
+
+
+def _seeded(config: Any, seed: int) -> Any:
+    """A section with the recipe's seed, unless it has its own."""
+    if "seed" in type(config).model_fields and config.seed is None:
+        return config.model_copy(update={"seed": seed})
+    return config
+
+
+def plan(recipe: PrepRecipe) -> list[tuple[str, Report]]:
+    """What a run would do, without doing it: stage by stage, with counts where they are known."""
+    exists = (recipe.table / "_versions").is_dir()
+    table = PhotoTable.open(recipe.table) if exists else None
+    steps: list[tuple[str, Report]] = []
+    for config in recipe.source:
+        settings = config.model_dump(exclude_none=True, mode="json")
+        if isinstance(path := getattr(config, "path", None), Path) and not path.exists():
+            raise RecipeError(f"source {config.type}: there is no folder {path}")
+        steps.append(("ingest", settings))
+    for _, column, config in recipe.annotators():
+        steps.append(("annotate", {"column": column, **_left(table, column)}))
+    for name in ("tags", "duplicates", "select", "split", "publish"):
+        section = getattr(recipe, name)
+        if section is not None:
+            shown = section.model_dump(exclude_none=True, exclude_unset=True, mode="json")
+            steps.append(("dedup" if name == "duplicates" else name, shown))
+    return steps
+
+
+def _left(table: PhotoTable | None, column: str) -> Report:
+    if table is None:
+        return {"images": "all that are ingested"}
+    accepted = "reject_ingest IS NULL"
+    open_rows = f"{accepted} AND {column} IS NULL" if table.has(column) else accepted
+    return {"images": table.count(open_rows), "of": table.count(accepted)}
