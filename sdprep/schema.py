@@ -7,10 +7,15 @@ The prepared data set is the contract between sdprep and sdtrain. Its version is
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from sdprep.errors import DataError
+
 SCHEMA_VERSION = 1
+MANIFEST = "sdprep.json"
 
 # --- the table under curation -------------------------------------------------------------------
 
@@ -126,3 +131,30 @@ PREPARED = pa.schema(
     ]
 )
 SPLITS = ("train", "validation")
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """What `sdprep.json` says of a prepared data set: policy, certificate, fingerprints, counts.
+
+    Args:
+        path: the data set's folder, or the file itself.
+
+    Raises:
+        DataError: it is missing, damaged, or of a schema version that this release does not know.
+    """
+    file = Path(path) / MANIFEST if Path(path).is_dir() else Path(path)
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{file}: {error.strerror}", "A data set that sdprep publish made has this file."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{file} is no JSON: {error}", "Publish the data set again.") from None
+    version = manifest.get("SCHEMA_VERSION") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{file} has SCHEMA_VERSION {version!r}, this release reads {SCHEMA_VERSION}",
+            "Publish the data set again with this release, or install the one that made it.",
+        )
+    return manifest
