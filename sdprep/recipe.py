@@ -119,6 +119,8 @@ def _explain(error: ValidationError, data: dict[str, Any], model: type[Section],
     rows = []
     for problem in error.errors(include_url=False):
         path, value, section = _locate(problem["loc"], data, model)
+        if problem["type"] == "union_tag_invalid":
+            path, value = f"{path}.type", problem["ctx"]["tag"]
         rows.append((path + _shown(value), _reason(problem, path, section, model)))
     width = max(len(left) for left, _ in rows)
     lines = [f"  {left:<{width}}  {reason}" for left, reason in rows]
