@@ -50,7 +50,7 @@ class DdpmObjective:
         self._logsnr = alphas_cumprod.log() - (1 - alphas_cumprod).log()
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """t = floor(T u): int64 in 0 … T-1, on the device of `u`."""
+        """The step t = floor(T u): int64 in 0 … T-1, on the device of `u`."""
         return (u * self.num_timesteps).floor().long().clamp(0, self.num_timesteps - 1)
 
     def _read(self, table: Tensor, u: Tensor) -> Tensor:

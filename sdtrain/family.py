@@ -94,14 +94,21 @@ class Family(Protocol):
         transformers calls them, and adapter wrappers leave no trace in them.
         """
 
-    def never_trained(self) -> dict[str, str]:
-        """Globs of parameters that can never get a gradient, each with the reason."""
+    def never_trained(self) -> Mapping[str, Sequence[str]]:
+        """Globs of parameters that no gradient can reach, by the reason."""
 
     def num_chunks(self, prompt: str) -> int:
         """How many chunks of tokens a prompt takes, at most `max_chunks`."""
 
     def pipeline(self) -> Any:
         """A diffusers text-to-image pipeline that shares this family's networks."""
+
+    def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Embeddings of prompts and of no prompt, as arguments of `pipeline()`.
+
+        They come from `encode_prompts`, so pictures are drawn under the very text that trains.
+        The prompts must take the same number of chunks.
+        """
 
     def save(self, path: Path) -> None:
         """Write a complete diffusers folder."""

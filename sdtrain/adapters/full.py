@@ -1,0 +1,47 @@
+"""Full fine-tuning: the base weights themselves train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from sdprep.recipe import Section
+from sdtrain.adapter import Trained
+from sdtrain.family import Family
+
+
+class Config(Section):
+    """Full fine-tuning."""
+
+    type: Literal["full"] = "full"
+
+    def build(self) -> Full:
+        """The adapter."""
+        return Full()
+
+
+class Full:
+    """Trains every base parameter that a rule gives a rate."""
+
+    name = "full"
+
+    def attach(self, family: Family, rates: Mapping[str, float]) -> dict[str, Trained]:
+        """The base parameters with a rate, unchanged."""
+        return {
+            path: Trained(path, parameter)
+            for path, parameter in family.named_parameters()
+            if path in rates
+        }
+
+    def notes(self) -> list[str]:
+        """Nothing to say."""
+        return []
+
+    def save(self, family: Family, path: Path) -> list[Path]:
+        """A complete diffusers folder."""
+        family.save(path)
+        return [path]
+
+    def merge(self, family: Family) -> None:
+        """The base weights are the trained ones already."""

@@ -1,0 +1,213 @@
+"""What Stable Diffusion 1.x and XL share: loading, the VAE, DDPM noise and paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sdprep.recipe import Section
+from sdtrain.ddpm import DdpmObjective, objective_from_scheduler
+from sdtrain.formats import diffusers as diffusers_folder
+from sdtrain.paths import canonical_path, is_adapter
+from sdtrain.text import (
+    Convention,
+    Split,
+    TextConditioning,
+    encode_chunks,
+    join_chunks,
+    tokenize,
+)
+
+FULL_SIZE_MULTIPLE_PX = 64
+SMALLEST_FULL_SIZE_PX = 512
+AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TextOptions(Section):
+    """Options that both families have."""
+
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the network says; default: what the checkpoint's scheduler names."
+    )
+    max_chunks: int = Field(3, ge=1, le=16, description="Chunks of 75 tokens kept of a prompt.")
+    split: Split = Field("hard", description="Cut after 75 tokens, or behind the last comma.")
+    chunk_convention: Convention = Field(
+        "n77", description="Length of n chunks in tokens: n times 77, or n times 75 plus 2."
+    )
+
+
+class StableDiffusion:
+    """A diffusers folder of this line, ready to train; the families add text and prediction.
+
+    Args:
+        folder: networks, tokenizers and scheduler as they were loaded.
+        options: how prompts are cut and what the network predicts.
+        precision: autocast dtype, `no`, `bf16` or `fp16`.
+    """
+
+    name: str
+    encoders: tuple[str, ...]
+    presets: Mapping[str, Sequence[str]] = {}
+    sign = 1
+
+    def __init__(
+        self, folder: diffusers_folder.Folder, options: TextOptions, precision: str = "no"
+    ) -> None:
+        self.folder, self.options, self.precision = folder, options, precision
+        self.parts = folder.networks
+        self.trainable_parts = ("unet", *self.encoders)
+        self.objective: DdpmObjective = objective_from_scheduler(
+            folder.scheduler.config, options.prediction_type
+        )
+        self.prediction_type = self.objective.prediction_type
+        vae_config: Any = self.parts["vae"].config
+        unet_config: Any = self.parts["unet"].config
+        self.vae_scale_factor = 2 ** (len(vae_config.block_out_channels) - 1)
+        self.latent_channels = unet_config.in_channels
+        self.default_resolution_px = unet_config.sample_size * self.vae_scale_factor
+        finest = self.vae_scale_factor * 2 ** (len(unet_config.block_out_channels) - 1)
+        is_full_size = self.default_resolution_px >= SMALLEST_FULL_SIZE_PX
+        self.bucket_multiple_px = FULL_SIZE_MULTIPLE_PX if is_full_size else finest
+
+    def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of clean latents and noise: two (B,) float32."""
+        return self.objective.alpha_sigma(u)
+
+    def logsnr(self, u: Tensor) -> Tensor:
+        """Log of the signal-to-noise ratio: (B,) float32."""
+        return self.objective.logsnr(u)
+
+    def target(self, clean: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+        """Noise or velocity, shaped like `clean`, float32."""
+        return self.objective.target(clean, noise, u)
+
+    def model_time(self, u: Tensor) -> Tensor:
+        """The step t that the network receives: (B,) int64."""
+        return self.objective.model_time(u)
+
+    def density(self, v: Tensor) -> Tensor:
+        """Training noise levels are uniform."""
+        return self.objective.density(v)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.parts["unet"].parameters()).device
+
+    def to(self, device: torch.device | str) -> StableDiffusion:
+        """Move every network; returns self."""
+        for network in self.parts.values():
+            network.to(device)
+        return self
+
+    def autocast(self) -> torch.autocast:
+        """The recipe's precision; parameters themselves stay float32."""
+        dtype = AUTOCAST_DTYPES[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "no")
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w) float32.
+
+        Always in float32 (SDXL's VAE overflows in float16) and always the distribution's mode.
+        """
+        vae: Any = self.parts["vae"]
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            mode = vae.encode(pixels.float()).latent_dist.mode()
+        return (mode - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents to pixels (B, 3, H, W) float32 in [-1, 1]."""
+        vae: Any = self.parts["vae"]
+        shift = getattr(vae.config, "shift_factor", None) or 0
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            pixels = vae.decode(latents.float() / vae.config.scaling_factor + shift).sample
+        return pixels.clamp(-1, 1)
+
+    def num_chunks(self, prompt: str) -> int:
+        """How many chunks a prompt takes."""
+        return len(self._tokenize("text_encoder", prompt))
+
+    def _tokenize(self, encoder: str, prompt: str) -> Tensor:
+        tokenizer = self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
+        return tokenize(tokenizer, prompt, self.options.max_chunks, self.options.split).ids
+
+    def _encode(
+        self, encoder: str, prompts: Sequence[str], layer: int, *, final_norm: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """One encoder over all chunks of all prompts.
+
+        Returns:
+            for each prompt its hidden states (L, D), and the pooled vectors (B, P) or None.
+        """
+        chunks = [self._tokenize(encoder, prompt) for prompt in prompts]
+        counts = [len(ids) for ids in chunks]
+        hidden, pooled = encode_chunks(
+            self.parts[encoder], torch.cat(chunks), layer, final_norm=final_norm
+        )
+        convention = self.options.chunk_convention
+        joined = [join_chunks(states, convention) for states in hidden.split(counts)]
+        if pooled is not None:
+            pooled = torch.stack([vectors[0] for vectors in pooled.split(counts)])
+        return joined, pooled
+
+    def _predict(
+        self,
+        noisy_latents: Tensor,
+        u: Tensor,
+        conditioning: TextConditioning,
+        added: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The UNet, run once for each text length in the batch."""
+        unet: Any = self.parts["unet"]
+        device = noisy_latents.device
+        timesteps = self.model_time(u).to(device, non_blocking=True)
+        if len(conditioning.groups) == 1:
+            states = conditioning.groups[0][1]
+            return unet(noisy_latents, timesteps, states, added_cond_kwargs=added).sample
+        outputs, order = [], []
+        for slots, states in conditioning.groups:
+            index = torch.tensor(slots).to(device, non_blocking=True)
+            some = {key: value[index] for key, value in added.items()}
+            outputs.append(
+                unet(noisy_latents[index], timesteps[index], states, added_cond_kwargs=some).sample
+            )
+            order += slots
+        back = torch.tensor(order).argsort().to(device, non_blocking=True)
+        return torch.cat(outputs)[back]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Base parameters by canonical path; adapters leave no trace in them."""
+        for part, network in self.parts.items():
+            for name, parameter in network.named_parameters():
+                if not is_adapter(name):
+                    yield canonical_path(part, network, name), parameter
+
+    def never_trained(self) -> Mapping[str, Sequence[str]]:
+        """Nothing, unless a family says so."""
+        return {}
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline over these very networks."""
+        return self.folder.pipeline()
+
+    def save(self, path: Path) -> None:
+        """Write a complete diffusers folder.
+
+        Raises:
+            AssertionError: an adapter is still attached; merge it first.
+        """
+        for part, network in self.parts.items():
+            live = [name for name, _ in network.named_parameters() if is_adapter(name)]
+            assert not live, f"{part} has an adapter attached: merge it before saving"
+        self.folder.save(path, prediction_type=self.prediction_type)
+
+
+def only_length(conditioning: TextConditioning) -> Tensor:
+    """Hidden states (B, L, D) of prompts that all take the same number of chunks."""
+    assert len(conditioning.groups) == 1, "prompts of one call must take equally many chunks"
+    return conditioning.groups[0][1]

@@ -1,0 +1,256 @@
+"""Diffusers folders: read part by part with nothing missing, and written so that all can read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdprep.errors import DataError, UserError, nearest
+from sdtrain.paths import canonical_path, is_clip_text
+
+ONE_FILE = "100GB"  # a single file is what most tools expect
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The pieces of a diffusers folder.
+
+    Args:
+        pipeline_class: name of the diffusers pipeline.
+        networks: by name: `unet`, `vae`, `text_encoder`, ….
+        tokenizers: by name: `tokenizer`, `tokenizer_2`.
+        scheduler: the checkpoint's own.
+        index: options of the pipeline itself, such as `force_zeros_for_empty_prompt`.
+    """
+
+    pipeline_class: str
+    networks: dict[str, nn.Module]
+    tokenizers: dict[str, Any]
+    scheduler: Any
+    index: dict[str, Any]
+
+    def pipeline(self, scheduler: Any = None) -> Any:
+        """A pipeline over these networks, without safety checker or watermark."""
+        import diffusers
+
+        options: dict[str, Any] = dict(self.index)
+        if self.pipeline_class == "StableDiffusionPipeline":
+            options |= {"safety_checker": None, "feature_extractor": None}
+            options["requires_safety_checker"] = False
+        else:
+            options["add_watermarker"] = False
+        made = getattr(diffusers, self.pipeline_class)(
+            **self.networks, **self.tokenizers, scheduler=scheduler or self.scheduler, **options
+        )
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def save(self, path: Path, *, prediction_type: str) -> None:
+        """Write the whole folder, safetensors only, text encoders with their `text_model.` prefix.
+
+        Args:
+            path: made if absent.
+            prediction_type: written into the scheduler, so that samplers know it.
+        """
+        scheduler = type(self.scheduler).from_config(
+            self.scheduler.config, prediction_type=prediction_type
+        )
+        path.mkdir(parents=True, exist_ok=True)
+        self.pipeline(scheduler).save_config(str(path))  # model_index.json
+        scheduler.save_pretrained(str(path / "scheduler"))
+        for name, tokenizer in self.tokenizers.items():
+            write_tokenizer(path / name, tokenizer)
+        for part, network in self.networks.items():
+            if is_clip_text(network):
+                write_text_encoder(path / part, part, network)
+            else:
+                save: Any = network
+                save.save_pretrained(str(path / part), max_shard_size=ONE_FILE)
+
+
+def write_tokenizer(path: Path, tokenizer: Any) -> None:
+    """Write a tokenizer with `vocab.json` and `merges.txt`, which transformers 5 leaves out."""
+    tokenizer.save_pretrained(str(path))
+    if not (path / "merges.txt").is_file():
+        tokenizer.backend_tokenizer.model.save(str(path))
+
+
+def write_text_encoder(path: Path, part: str, network: Any) -> None:
+    """Write a text encoder with its weights under canonical names.
+
+    transformers 5 saves CLIPTextModel without `text_model.`, and transformers 4 then loads a
+    random encoder with no more than a warning.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        canonical_path(part, network, name).removeprefix(f"{part}."): tensor.detach()
+        .to("cpu")
+        .contiguous()
+        for name, tensor in network.state_dict().items()
+        if not name.endswith("position_ids")
+    }
+    # The class that diffusers looks for; an encoder built from a configuration has none yet.
+    network.config.architectures = [type(network).__name__]
+    network.config.save_pretrained(str(path))
+    save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
+
+
+def load_folder(
+    path: str,
+    pipeline_class: str,
+    parts: Mapping[str, str],
+    *,
+    revision: str | None = None,
+) -> Folder:
+    """Load a diffusers folder in float32.
+
+    Args:
+        path: local folder or Hub id.
+        pipeline_class: what its `model_index.json` must name.
+        parts: name to class of every network.
+        revision: commit, tag or branch of a Hub id.
+
+    Raises:
+        UserError: there is no such folder or repository, or it holds another kind of model.
+        DataError: weights are missing from it, or it has none as safetensors.
+    """
+    index = read_index(path, pipeline_class, revision)
+    where: dict[str, Any] = {"revision": revision} if revision else {}
+    networks, tokenizers = {}, {}
+    for part, class_name in parts.items():
+        networks[part] = _load_network(path, part, class_name, where)
+        if part.startswith("text_encoder"):
+            name = part.replace("text_encoder", "tokenizer")
+            tokenizers[name] = _load_tokenizer(path, name, where)
+    options = {key: index[key] for key in ("force_zeros_for_empty_prompt",) if key in index}
+    return Folder(
+        pipeline_class, networks, tokenizers, _load_scheduler(path, index, where), options
+    )
+
+
+def read_index(path: str, pipeline_class: str, revision: str | None = None) -> dict[str, Any]:
+    """The `model_index.json` of a folder or Hub id, checked to be of the expected kind."""
+    if path.endswith((".safetensors", ".ckpt", ".bin")):
+        raise UserError(
+            f"model.path = {path!r} is a single file; this version reads diffusers folders",
+            "Convert it once: diffusers' from_single_file(…).save_pretrained(FOLDER).",
+        )
+    local = Path(path) / "model_index.json"
+    if not Path(path).is_dir():
+        local = _download_index(path, revision)
+    elif not local.is_file():
+        raise UserError(f"{path} is no diffusers folder", "It has no model_index.json.")
+    index = json.loads(local.read_text(encoding="utf-8"))
+    found = str(index.get("_class_name"))
+    if found != pipeline_class:
+        raise UserError(
+            f"{path} holds a {found}, and model.family wants a {pipeline_class}",
+            "Set model.family to the family of that checkpoint.",
+        )
+    return index
+
+
+def _download_index(path: str, revision: str | None) -> Path:
+    import httpx
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(path, "model_index.json", revision=revision))
+    except (OSError, ValueError, HFValidationError, httpx.HTTPError) as error:
+        beside = Path(path).parent
+        folders = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
+        near = nearest(Path(path).name, folders)
+        hint = f"Did you mean {beside / near}? " if near else ""
+        raise UserError(
+            f"model.path = {path!r} is neither a folder here nor a repository that can be read",
+            f"{hint}The Hub said: {str(error).splitlines()[0]}",
+        ) from None
+
+
+def _load_network(path: str, part: str, class_name: str, where: Mapping[str, Any]) -> nn.Module:
+    import diffusers
+    import transformers
+
+    loader = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
+    try:
+        with _no_progress_bars():
+            network, info = loader.from_pretrained(
+                path,
+                subfolder=part,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+                **where,
+            )
+    except OSError as error:
+        raise DataError(f"{path}: {part} cannot be loaded", str(error).splitlines()[0]) from None
+    missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
+    if missing:
+        raise DataError(
+            f"{path}: {part} lacks {len(missing)} tensors, such as {sorted(missing)[0]}",
+            "It would train from random weights. Use a complete checkpoint.",
+        )
+    return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading takes a bar per network, several a second with tiny models."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _load_tokenizer(path: str, name: str, where: Mapping[str, Any]) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(path, subfolder=name, **where)
+    except OSError as error:
+        raise DataError(f"{path}: {name} cannot be loaded", str(error).splitlines()[0]) from None
+
+
+def _load_scheduler(path: str, index: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
+    import diffusers
+
+    library, class_name = index["scheduler"]
+    loader = getattr(diffusers, class_name, None)
+    if library != "diffusers" or loader is None:
+        raise DataError(f"{path}: model_index.json names an unknown scheduler {class_name}")
+    return loader.from_pretrained(path, subfolder="scheduler", **where)
+
+
+def copy_tokenizer(source: Path, target: Path, pad_token: str) -> None:
+    """Lay the vocabulary that ships with the project beside a new model."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(source / name, target / name)
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad_token,
+    }
+    text = json.dumps(settings, indent=2) + "\n"
+    (target / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")

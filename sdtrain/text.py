@@ -1,0 +1,144 @@
+"""Prompts of any length for CLIP-style encoders: chunks of 75 tokens, each wrapped to 77.
+
+Each chunk is encoded on its own and the results are put one after the other, as A1111, ComfyUI
+and others do. The pooled vector is that of the first chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+CONTENT_TOKENS = 75
+CHUNK_TOKENS = 77
+COMMA = ",</w>"
+COMMA_BACKTRACK_TOKENS = 20
+
+Split = Literal["hard", "comma"]
+Convention = Literal["n77", "n75+2"]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """One prompt as the encoder gets it.
+
+    Args:
+        ids: (n, 77) int64; BOS, content, EOS, padding.
+        num_dropped: tokens beyond the last chunk that is allowed.
+    """
+
+    ids: Tensor
+    num_dropped: int
+
+
+def tokenize(tokenizer: Any, prompt: str, max_chunks: int, split: Split = "hard") -> Chunks:
+    """Cut a prompt into wrapped chunks.
+
+    Args:
+        tokenizer: CLIP's; its `pad_token_id` fills up after EOS (SDXL's second one pads with 0).
+        prompt: rendered text; the empty string gives one chunk of BOS and EOS.
+        max_chunks: chunks kept; what is cut off is counted.
+        split: `hard` cuts after 75 tokens; `comma` goes back to the last comma within 20 tokens.
+    """
+    # Without its length warning: prompts longer than 77 tokens are what this function is for.
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    comma = tokenizer.convert_tokens_to_ids(COMMA) if split == "comma" else None
+    contents = split_tokens(ids, comma)
+    kept = contents[:max_chunks]
+    wrapped = torch.full((len(kept), CHUNK_TOKENS), tokenizer.pad_token_id, dtype=torch.int64)
+    for row, content in enumerate(kept):
+        tokens = [tokenizer.bos_token_id, *content, tokenizer.eos_token_id]
+        wrapped[row, : len(tokens)] = torch.tensor(tokens)
+    return Chunks(wrapped, sum(len(content) for content in contents[max_chunks:]))
+
+
+def split_tokens(ids: Sequence[int], comma: int | None = None) -> list[list[int]]:
+    """Cut token ids into pieces of at most 75, one piece at least.
+
+    Args:
+        ids: content tokens, without BOS and EOS.
+        comma: if given, a cut that would part a phrase goes back behind the last comma, unless
+            that is more than 20 tokens away.
+    """
+    pieces, start = [], 0
+    while len(ids) - start > CONTENT_TOKENS:
+        end = start + CONTENT_TOKENS
+        if comma is not None and ids[end] != comma:
+            near = range(end - 1, end - 1 - COMMA_BACKTRACK_TOKENS, -1)
+            end = next((position + 1 for position in near if ids[position] == comma), end)
+        pieces.append(list(ids[start:end]))
+        start = end
+    return [*pieces, list(ids[start:])]
+
+
+def encode_chunks(encoder: nn.Module, ids: Tensor, layer: int, *, final_norm: bool) -> Any:
+    """Run a CLIP text encoder, with gradients only if it trains.
+
+    Args:
+        encoder: CLIPTextModel or CLIPTextModelWithProjection.
+        ids: (N, 77) int64, on any device.
+        layer: hidden state to read, counted from the end: -1 is the last layer's output.
+        final_norm: whether the encoder's last LayerNorm is applied to it.
+
+    Returns:
+        hidden (N, 77, D), and the projected pooled vector (N, P) or None.
+    """
+    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    device = next(encoder.parameters()).device
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        output = encoder(ids.to(device, non_blocking=True), output_hidden_states=True)
+        hidden = output.hidden_states[layer]
+        if final_norm:
+            hidden = _final_norm(encoder)(hidden)
+    return hidden, getattr(output, "text_embeds", None)
+
+
+def _final_norm(encoder: nn.Module) -> nn.Module:
+    """The last LayerNorm, wherever the installed transformers keeps it."""
+    return next(
+        module
+        for name, module in encoder.named_modules()
+        if name.rpartition(".")[2] == "final_layer_norm"
+    )
+
+
+def join_chunks(hidden: Tensor, convention: Convention = "n77") -> Tensor:
+    """Put the encoded chunks of one prompt one after the other.
+
+    Args:
+        hidden: (n, 77, D).
+        convention: `n77` keeps every chunk whole; `n75+2` keeps only the outer BOS and EOS, as
+            sd-scripts does. They are equal for one chunk.
+
+    Returns:
+        (n·77, D) or (n·75+2, D).
+    """
+    if convention == "n77":
+        return hidden.flatten(0, 1)
+    inner = hidden[:, 1:-1].flatten(0, 1)
+    return torch.cat([hidden[0, :1], inner, hidden[-1, -1:]])
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """Encoded prompts of a batch; prompts of different lengths are never padded to each other.
+
+    Args:
+        groups: for each length L: slots in the batch, and their hidden states (b, L, D).
+        pooled: (B, P), or None where the architecture has none.
+    """
+
+    groups: list[tuple[list[int], Tensor]]
+    pooled: Tensor | None = None
+
+
+def group_by_length(hidden: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Stack hidden states (L, D) of equal length; in the order in which lengths first occur."""
+    slots: dict[int, list[int]] = {}
+    for slot, states in enumerate(hidden):
+        slots.setdefault(len(states), []).append(slot)
+    return [(group, torch.stack([hidden[slot] for slot in group])) for group in slots.values()]
