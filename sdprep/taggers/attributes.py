@@ -17,7 +17,7 @@ from sdprep.size_tags import size_tags
 COLUMNS = pa.schema([pa.field("tags", pa.list_(SCORED_TAG))])
 
 _ANIMATED = {"GIF": "animated_gif", "PNG": "animated_png"}
-_ROTATING = (3, 6, 8)  # 180, 90, 270 degrees; Danbooru leaves out those that also mirror
+_ROTATING = (3, 6, 8)  # 180, 90, 270 degrees; those that also mirror are not meant [danbooru]
 _SAMPLE_SIDE_PX = 512
 _STEPS_PER_DEGREE = 100
 
