@@ -1,0 +1,203 @@
+"""From the table under curation to rows of the prepared data set.
+
+One window of rows is in memory at a time, and of its images a few; so twelve million images need
+no more memory than twenty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+import pyarrow as pa
+
+from sdprep.errors import DataError, UserError
+from sdprep.schema import SPLITS
+from sdprep.strip import image_extension, strip_metadata
+from sdprep.table import PhotoTable
+
+WINDOW_ROWS = 4096
+IMAGE_BATCH = 32
+SCORERS = ("preference", "aesthetic", "technical")
+"""Which score is published when the recipe names none: the first that is there."""
+
+Row = dict[str, Any]
+PromptOf = Callable[[Mapping[str, Any]], str]
+
+_PLAIN = ("id", "width", "height", "format", "exif_orientation", "ordinal", "sources", "text")
+_FOLDED = ("caption", "captions", "tags", "signature", "group_id", "split", "stable_train")
+
+
+@dataclass
+class Losses:
+    """What happened to rows on the way: nothing vanishes unsaid."""
+
+    left_out: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    examples: dict[str, str] = field(default_factory=dict)  # reason -> message of the first
+    num_repacked: int = 0  # files whose format has no lossless way, stored as PNG
+
+    def leave_out(self, reason: str, message: str) -> None:
+        """Count one row that is not published."""
+        self.left_out[reason] += 1
+        self.examples.setdefault(reason, message)
+
+
+def score_column(table: PhotoTable, name: str | None) -> str | None:
+    """Column of the published score: the one named, else the first of `SCORERS`, else None.
+
+    Raises:
+        UserError: the one named is not in the table, or has no field `score`.
+    """
+    for candidate in [name] if name else SCORERS:
+        column = f"score_{candidate.removeprefix('score_')}"
+        if table.has(column) and _has_field(table, column, "score"):
+            return column
+    if name:
+        there = [column for column in table.columns() if column.startswith("score_")]
+        raise UserError(
+            f"publish.score = {name!r}: {table.path} has no column score_{name} with a score",
+            f"There are: {', '.join(there) or 'none; run sdprep score first'}.",
+        )
+    return None
+
+
+def prepared_rows(
+    table: PhotoTable, score: str | None, license: str | None, prompt_of: PromptOf, losses: Losses
+) -> Iterator[tuple[str, Row]]:
+    """Every kept image in order of arrival, as (split, row of `schema.PREPARED`).
+
+    Args:
+        score: struct column of the published score, or None.
+        license: of images that bring none of their own.
+        prompt_of: renders the validation prompt of a row; NULL stays NULL for train rows too.
+        losses: receives what was left out, and why.
+    """
+    columns = _columns(table, score)
+    for window in _windows(table, columns):
+        for start in range(0, len(window), IMAGE_BATCH):
+            batch = window[start : start + IMAGE_BATCH]
+            images = _image_bytes(table, [row["id"] for row in batch], losses)
+            for found in batch:
+                data = images.get(found["id"])
+                row = _row(found, data, score, license, losses) if data is not None else None
+                if row is not None:
+                    row["validation_prompt"] = prompt_of(row)
+                    yield found.get("split") or SPLITS[0], row
+
+
+def _has_field(table: PhotoTable, column: str, name: str) -> bool:
+    type_ = table.schema.field(column).type
+    return pa.types.is_struct(type_) and type_.get_field_index(name) >= 0
+
+
+def _columns(table: PhotoTable, score: str | None) -> list[str]:
+    columns = [*_PLAIN, *(name for name in _FOLDED if table.has(name))]
+    if score:
+        columns += [
+            f"{score}.{name}" for name in ("score", "score_raw") if _has_field(table, score, name)
+        ]
+    boxes = [name for name in table.columns() if name.startswith("boxes_")]
+    return columns + [f"{name}.boxes" for name in boxes if _has_field(table, name, "boxes")]
+
+
+def _windows(table: PhotoTable, columns: list[str]) -> Iterator[list[Row]]:
+    kept = table.kept_predicate()
+    for start in range(0, table.count(), WINDOW_ROWS):
+        here = f"ordinal >= {start} AND ordinal < {start + WINDOW_ROWS}"
+        yield table.read(columns, f"{here} AND {kept}").to_pylist()
+
+
+def _image_bytes(table: PhotoTable, ids: list[str], losses: Losses) -> dict[str, bytes]:
+    """Original bytes; linked files that are gone or changed are counted, not fatal."""
+    try:
+        return table.image_bytes(ids)
+    except DataError:
+        pass
+    found: dict[str, bytes] = {}
+    for id_ in ids:
+        try:
+            found |= table.image_bytes([id_])
+        except DataError as error:
+            losses.leave_out("source_changed", error.message)
+    return found
+
+
+def _row(
+    found: Row, data: bytes, score: str | None, license: str | None, losses: Losses
+) -> Row | None:
+    rank = found.get(f"{score}.score")
+    if isinstance(rank, int) and rank < 1:  # a rank 0 says "never train on this"
+        losses.leave_out("score_zero", f"image {found['id']}: {score}.score is {rank}")
+        return None
+    try:
+        image = strip_metadata(data, found["format"], orientation=found["exif_orientation"])
+    except DataError as error:
+        losses.leave_out("metadata_not_removable", f"image {found['id']}: {error.message}")
+        return None
+    extension = image_extension(image)
+    losses.num_repacked += extension == "png" and found["format"] != "PNG"
+    text = found["text"] or {}
+    tags = _tags(found, text)
+    return {
+        "id": found["id"],
+        "image": {"bytes": image, "path": f"{found['id']}.{extension}"},
+        "width": found["width"],
+        "height": found["height"],
+        "caption": found.get("caption") or text.get("caption"),
+        "captions": _captions(found, text),
+        "tags": tags,
+        "score": _one_to_nine(rank),
+        "score_raw": _finite(found.get(f"{score}.score_raw", rank)),
+        "signature": found.get("signature"),
+        "rating": _rating(tags, text),
+        "source": _source_name(found["sources"]),
+        "license": text.get("license") or license,
+        "group_id": found.get("group_id"),
+        "boxes": [box for name in found if name.startswith("boxes_") for box in found[name] or []],
+        "repeats": text.get("repeats") or 1,
+        "stable_train": bool(found.get("stable_train")),
+        "validation_prompt": None,
+    }
+
+
+def _captions(found: Row, text: Row) -> list[Row]:
+    if found.get("captions") is not None:
+        return found["captions"]
+    caption = found.get("caption") or text.get("caption")
+    return [{"text": caption, "source": "sidecar"}] if caption else []
+
+
+def _tags(found: Row, text: Row) -> list[Row]:
+    """Composed tags, else those that came with the image."""
+    if found.get("tags") is not None:
+        return found["tags"]
+    return [{**tag, "score": None, "source": "sidecar"} for tag in text.get("tags") or []]
+
+
+def _rating(tags: list[Row], text: Row) -> str | None:
+    rated = [tag["name"].removeprefix("rating:") for tag in tags if tag["category"] == "rating"]
+    return text.get("rating") or (rated[0] if rated else None)
+
+
+def _source_name(sources: list[Row] | None) -> str | None:
+    """Name of the first source; of a path only its last part, which tells no one's home."""
+    name = sources[0]["source"] if sources else None
+    if not name or not ("/" in name or "\\" in name):
+        return name
+    if PurePosixPath(name).is_absolute() or name.startswith(("~", "./", "../")):
+        return PurePosixPath(name).name
+    windows = PureWindowsPath(name)
+    return windows.name if windows.drive or "\\" in name else name
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _one_to_nine(value: float | None) -> int | None:
+    number = _finite(value)
+    return None if number is None else min(9, max(1, math.floor(number + 0.5)))
