@@ -1,0 +1,213 @@
+"""Which images make up which optimizer step: the global order, its buckets and micro-batches.
+
+The order is an endless stream of slots, a pure function of (seed, data set, prompt policy). Step k
+takes the next `batch_size` of it, for any number of GPUs and any micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sdprep.buckets import Bucket, nearest_indices
+from sdprep.errors import DataError
+from sdprep.seeding import rng_for
+
+if TYPE_CHECKING:
+    from sdtrain.dataset import Rows
+
+WINDOW = 65_536
+"""Rows whose prompts are rendered ahead, so that 12 million rows start at once."""
+
+REFUSED_STOP = 0.20
+"""A run stops when more than this share of the rows is refused."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A rendered prompt, as the order needs it."""
+
+    prompt: str
+    is_dropped: bool
+    num_chunks: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One sample of one optimizer step."""
+
+    row: int  # index into the rows of the split
+    sample_id: str
+    visit: int  # how often the sample was drawn before
+    bucket: Bucket
+    text: Text
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: `samples_seen` is the clock before it."""
+
+    samples_seen: int
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The bucket of every kept row, and why the others were refused.
+
+    Args:
+        buckets: the sizes in use.
+        kept: (n,) indices of the kept rows.
+        bucket_of: (n,) index into `buckets` of each kept row.
+        refused: row index to reason.
+    """
+
+    buckets: tuple[Bucket, ...]
+    kept: np.ndarray
+    bucket_of: np.ndarray
+    refused: dict[int, str]
+
+    def reasons(self) -> dict[str, int]:
+        """How many rows were refused for what, without the particulars after the colon."""
+        return dict(sorted(Counter(r.split(":")[0] for r in self.refused.values()).items()))
+
+
+def assign(rows: Rows, buckets: Sequence[Bucket], max_upscale: float) -> Assignment:
+    """Give every row the bucket with the nearest aspect; refuse what would be enlarged too much.
+
+    Args:
+        rows: one split; rows refused on opening (they do not decode) stay refused.
+        buckets: the sizes there are.
+        max_upscale: largest factor from original to resized pixels.
+    """
+    refused = dict(rows.refused)
+    usable = np.array([row for row in range(len(rows)) if row not in refused], np.int64)
+    if not len(usable):
+        return Assignment(tuple(buckets), usable, usable, refused)
+    heights, widths = rows.sizes_hw[usable].T
+    chosen = nearest_indices(widths, heights, buckets)
+    sides = np.array([bucket.size_hw for bucket in buckets])[chosen]  # (n, 2)
+    scale = np.maximum(sides[:, 0] / heights, sides[:, 1] / widths)
+    is_kept = scale <= max_upscale
+    for at in np.flatnonzero(~is_kept):
+        refused[int(usable[at])] = (
+            f"upscale: {rows.ids[usable[at]]} of {widths[at]}x{heights[at]} px would grow "
+            f"{scale[at]:.3f} times to fill {buckets[chosen[at]]}"
+        )
+    return Assignment(tuple(buckets), usable[is_kept], chosen[is_kept], refused)
+
+
+def require_enough(assignment: Assignment, what: str, total: int) -> None:
+    """Stop when nothing is left, or when more than a fifth of the rows is refused.
+
+    Raises:
+        DataError: with the counts per reason and examples.
+    """
+    refused = len(assignment.refused)
+    if len(assignment.kept) and refused <= REFUSED_STOP * total:
+        return
+    if not total:
+        raise DataError(f"{what} has no rows", "Is it the right split of the right data set?")
+    counts = ", ".join(f"{reason} {count}" for reason, count in assignment.reasons().items())
+    examples = "; ".join(list(assignment.refused.values())[:3])
+    raise DataError(
+        f"{what}: {refused} of {total} rows are refused ({counts}), more than "
+        f"{REFUSED_STOP:.0%} stops the run\n  such as {examples}",
+        "Lower data.resolution_px, raise data.max_upscale, or mend the images.",
+    )
+
+
+class GlobalOrder:
+    """The endless stream of slots.
+
+    Each epoch shuffles all kept rows. A window of them at a time is rendered, grouped into runs
+    of one bucket and chunk count, and the runs are shuffled. Every kept row comes once per epoch;
+    leftovers form shorter runs.
+
+    Args:
+        ids: (n,) sample ids of the whole split.
+        assignment: kept rows and buckets.
+        render: (rows, visit) to the text of each.
+        seed: the run's seed.
+        run_samples: longest run; a recipe value, never derived from GPUs or micro-batch.
+        window: rows rendered ahead.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        assignment: Assignment,
+        render: Callable[[Sequence[int], int], list[Text]],
+        *,
+        seed: int,
+        run_samples: int,
+        window: int = WINDOW,
+    ) -> None:
+        self._ids, self._render, self._seed = ids, render, seed
+        self._run_samples, self._window = run_samples, window
+        # Sorted by id, so that the order in which rows are stored changes nothing.
+        by_id = sorted(range(len(assignment.kept)), key=lambda at: ids[assignment.kept[at]])
+        self._rows = assignment.kept[by_id]
+        self._buckets, self._bucket_of = assignment.buckets, assignment.bucket_of[by_id]
+        assert len(self._rows) > 0, "an order needs rows"
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of one epoch."""
+        return len(self._rows)
+
+    def slots(self, samples_seen: int = 0) -> Iterator[Slot]:
+        """The stream from a position of the clock on; it never ends."""
+        epoch, offset = divmod(samples_seen, len(self._rows))
+        while True:
+            first = offset // self._window
+            shuffled = rng_for(self._seed, "epoch", epoch).permutation(len(self._rows))
+            for index in range(first, -(-len(shuffled) // self._window)):
+                window = shuffled[index * self._window : (index + 1) * self._window]
+                yield from self._grouped(window, epoch, index)[offset - index * self._window :]
+                offset = (index + 1) * self._window
+            epoch, offset = epoch + 1, 0
+
+    def steps(self, samples_seen: int, total_samples: int, batch_size: int) -> Iterator[Step]:
+        """The steps from `samples_seen` to the end; only the last one may be short."""
+        stream = self.slots(samples_seen)
+        while samples_seen < total_samples:
+            size = min(batch_size, total_samples - samples_seen)
+            yield Step(samples_seen, tuple(next(stream) for _ in range(size)))
+            samples_seen += size
+
+    def _grouped(self, window: np.ndarray, epoch: int, index: int) -> list[Slot]:
+        rows = [int(self._rows[at]) for at in window]
+        groups: dict[tuple[Bucket, int], list[Slot]] = {}
+        for at, row, text in zip(window, rows, self._render(rows, epoch), strict=True):
+            bucket = self._buckets[self._bucket_of[at]]
+            slot = Slot(row, self._ids[row], epoch, bucket, text)
+            groups.setdefault((slot.bucket, text.num_chunks), []).append(slot)
+        length = self._run_samples
+        runs = [
+            group[start : start + length]
+            for group in groups.values()
+            for start in range(0, len(group), length)
+        ]
+        order = rng_for(self._seed, "runs", epoch, index).permutation(len(runs))
+        return [slot for run in order for slot in runs[run]]
+
+
+def micro_batches(slots: Sequence[Slot], size: int) -> list[list[int]]:
+    """Split one step (or one GPU's share of it) into forwards of one bucket and chunk count.
+
+    Returns:
+        positions in `slots`, at most `size` per forward, every position once.
+    """
+    groups: dict[tuple[Bucket, int], list[int]] = {}
+    for position, slot in enumerate(slots):
+        groups.setdefault((slot.bucket, slot.text.num_chunks), []).append(position)
+    return [
+        group[start : start + size]
+        for group in groups.values()
+        for start in range(0, len(group), size)
+    ]

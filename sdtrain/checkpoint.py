@@ -1,0 +1,322 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped.
+
+A checkpoint is the folder `checkpoints/<samples_seen>/`. It is written under another name, synced
+to disk and renamed, so a kill leaves either all of it or none. Tensors are safetensors, everything
+else is JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdprep.console import say, warn
+from sdprep.errors import DataError, UserError
+
+FORMAT_VERSION = 1
+TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+
+FREE_KEYS = (
+    *("output", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
+    *("precision.device",),
+)
+"""Recipe keys that may change freely: they do not touch the result. The data set is compared by
+its fingerprint, so a moved folder is the same data."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that is saved.
+
+    Args:
+        state: JSON: clock, recipe, fingerprints, histories, optimizer groups.
+        trained: trained parameters by canonical path.
+        optimizer: optimizer tensors, `<path>/<name>`.
+    """
+
+    state: dict[str, Any]
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+    @property
+    def samples_seen(self) -> int:
+        """The clock."""
+        return int(self.state["samples_seen"])
+
+
+# --- the optimizer's state, by parameter path ----------------------------------------------------
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take an optimizer apart into tensors and plain values.
+
+    Args:
+        optimizer: any of torch's kind.
+        names: `id(parameter)` to canonical path.
+
+    Returns:
+        tensors by `<path>/<name>`; and plain values: groups and per-parameter ones.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for parameter, entries in optimizer.state.items():
+        path = names[id(parameter)]
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{path}/{name}"] = value.detach().cpu().contiguous()
+            else:
+                plain.setdefault(path, {})[name] = value
+    groups = [
+        {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"groups": groups, "values": plain}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    tensors: Mapping[str, Tensor],
+    plain: Mapping[str, Any],
+) -> None:
+    """Put saved state into an optimizer made from the same rules.
+
+    Parameters that the checkpoint does not know start fresh; that happens only after an accepted
+    change of the rules.
+    """
+    by_path: dict[str, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition("/")
+        by_path.setdefault(path, {})[name] = tensor
+    for path, values in plain["values"].items():
+        by_path.setdefault(path, {}).update(values)
+    current = optimizer.state_dict()
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    paths = [names[id(parameter)] for parameter in order]
+    current["state"] = {at: by_path[path] for at, path in enumerate(paths) if path in by_path}
+    saved_groups = {group.get("name"): group for group in plain["groups"]}
+    for group in current["param_groups"]:
+        saved = saved_groups.get(group.get("name"), {})
+        # Rates and settings come from the recipe; only what the optimizer itself counts is old.
+        group.update({k: v for k, v in saved.items() if k not in group})
+    optimizer.load_state_dict(current)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Save a snapshot as `<folder>/<samples_seen>` and drop the oldest beyond `keep`.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there before is untouched.
+    """
+    final = folder / str(snapshot.samples_seen)
+    temporary = folder / f".writing-{snapshot.samples_seen}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(temporary)
+        temporary.mkdir()
+        _write_files(temporary, snapshot)
+        _put_in_place(temporary, final)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write checkpoint {final}: {error}",
+            "Earlier checkpoints are untouched. Free some space, then run the same command again.",
+        ) from error
+    for old in checkpoints(folder)[:-keep]:
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write_files(folder: Path, snapshot: Snapshot) -> None:
+    from safetensors.torch import save_file
+
+    about = json.dumps(
+        {k: snapshot.state.get(k) for k in ("samples_seen", "recipe", "data", "versions")}
+    )
+    save_file(snapshot.trained, folder / TRAINED, metadata={"format": "pt", "sdtrain": about})
+    save_file(snapshot.optimizer, folder / OPTIMIZER, metadata={"format": "pt"})
+    state = json.dumps(snapshot.state, ensure_ascii=False, indent=1)
+    (folder / STATE).write_text(state, encoding="utf-8", newline="\n")
+    for file in sorted(folder.iterdir()):
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+    _sync_folder(folder)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    replaced = final.with_name(f".replaced-{final.name}")
+    _clear(replaced)
+    if final.exists():  # an earlier future of this run, left after going back to an older one
+        final.replace(replaced)
+    temporary.replace(final)
+    _sync_folder(final.parent)
+    _clear(replaced)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system lets folders be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing; a kill between two renames is mended first."""
+    if not folder.is_dir():
+        return
+    for left in sorted(folder.glob(".replaced-*")):
+        final = folder / left.name.removeprefix(".replaced-")
+        if not final.exists():
+            left.replace(final)
+    for left in [*folder.glob(".writing-*"), *folder.glob(".replaced-*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside_newer(folder: Path, samples_seen: int) -> None:
+    """Rename checkpoints beyond the clock, after the user went back to an older one.
+
+    They would otherwise be taken for the newest of the new course.
+    """
+    for newer in checkpoints(folder):
+        if int(newer.name) > samples_seen:
+            aside = newer.with_name(f"{newer.name}-before-going-back-to-{samples_seen}")
+            _clear(aside)
+            newer.replace(aside)
+            say(f"set aside: {aside}")
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint.
+
+    Raises:
+        DataError: it is no checkpoint, is damaged, or another release wrote it.
+    """
+    file = path / STATE
+    if not file.is_file():
+        raise DataError(f"{path} is no checkpoint of sdtrain: it has no {STATE}")
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is damaged: {error}", "Resume from an older one.") from None
+    found = state.get("format_version")
+    if found != FORMAT_VERSION:
+        raise DataError(f"{path} has format version {found}, expected {FORMAT_VERSION}")
+    return dict(state)
+
+
+def read_trained(path: Path) -> dict[str, Tensor]:
+    """Trained parameters of a checkpoint by canonical path."""
+    return _tensors(path / TRAINED)
+
+
+def read(path: Path) -> Snapshot:
+    """A whole checkpoint.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    return Snapshot(read_state(path), read_trained(path), _tensors(path / OPTIMIZER))
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{file} is missing or damaged: {error}",
+            "Resume from an older checkpoint: --resume PATH.",
+        ) from None
+
+
+# --- what may differ ------------------------------------------------------------------------------
+
+
+def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key path to (saved, current) of everything that differs and matters for the result.
+
+    Args:
+        saved: `{"recipe": …, "data": …, …}` of a checkpoint.
+        current: the same of the run that is about to start.
+    """
+    before, now = _flat(saved), _flat(current)
+    keys = sorted({*before, *now})
+    differing = {key: (before.get(key), now.get(key)) for key in keys}
+    return {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
+
+
+def refuse_changes(
+    path: Path, saved: Mapping[str, Any], current: Mapping[str, Any], accepted: Sequence[str]
+) -> list[str]:
+    """Compare a checkpoint with what is about to run.
+
+    Returns:
+        the accepted differences, one sentence each.
+
+    Raises:
+        UserError: something differs that `accepted` does not name; lists all of it.
+    """
+    found = changes(saved, current)
+    free = {key for key in found if _covered(key, FREE_KEYS)}
+    taken = {key for key in found if _covered(key, accepted)}
+    for key in accepted:
+        if not any(_covered(changed, [key]) for changed in found):
+            warn(f"--accept-change {key}: nothing of that name has changed")
+    refused = [key for key in found if key not in free | taken]
+    if refused:
+        lines = [f"  {key}: {found[key][0]!r} -> {found[key][1]!r}" for key in refused]
+        flags = " ".join(f"--accept-change {key}" for key in refused)
+        raise UserError(
+            f"{path} was made under other conditions:\n" + "\n".join(lines),
+            f"Change them back, use another output, or accept: {flags}",
+        )
+    return [f"{key}: {found[key][0]!r} -> {found[key][1]!r}" for key in sorted(taken)]
+
+
+def _covered(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,183 @@
+"""Open what is trained on: a prepared folder, a Hub id, any Hugging Face image data set, a table.
+
+Whatever it is, the rest of the program sees one or two splits of `Rows`, a prompt policy and a
+fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from sdprep.prompts import PromptPolicy, render_prompt
+
+from sdprep.errors import DataError
+from sdprep.recipe import validate
+from sdprep.schema import MANIFEST
+from sdtrain.buckets import Text
+from sdtrain.recipe import DataSection, merged_policy
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_RECORD_BATCH = 8_192
+
+
+class Rows(Protocol):
+    """One split: small columns at hand, pictures on demand; may be sent to another process.
+
+    Attributes:
+        ids: (n,) sample ids, each once.
+        sizes_hw: (n, 2) upright height and width, px; 0 where a row is refused.
+        refused: row index to reason, for rows whose picture cannot be used.
+    """
+
+    ids: list[str]
+    sizes_hw: np.ndarray
+    refused: dict[int, str]
+
+    def __len__(self) -> int: ...
+
+    def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """What `render_prompt` needs to know of some rows."""
+        ...
+
+    def image(self, row: int) -> Image.Image:
+        """The upright RGB picture of one row.
+
+        Raises:
+            DataError: it does not decode; names the row.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """An opened data set.
+
+    Args:
+        origin: what it is and where it came from, in words.
+        train: rows to train on.
+        validation: rows that are never trained on; None if the data set has no such split.
+        policy: how prompts are rendered, with the recipe's overrides.
+        fingerprint: digest of ids and texts of both splits.
+        provenance: path, revision and certificate, for checkpoints.
+        notes: what was guessed or left out; the user should see it.
+    """
+
+    origin: str
+    train: Rows
+    validation: Rows | None
+    policy: PromptPolicy
+    fingerprint: str
+    provenance: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def open_data(section: DataSection, prompt: dict[str, Any]) -> TrainingData:
+    """Open a data set.
+
+    Args:
+        section: the recipe's `[data]`.
+        prompt: the recipe's `[prompt]`.
+
+    Raises:
+        DataError: it is missing, of an unknown schema version, or has no pictures or texts.
+    """
+    from sdtrain import hub_data, table_data
+
+    path = Path(section.path)
+    if path.suffix == ".lance" and (path / "_versions").is_dir() and table_data.is_curated(path):
+        splits = table_data.open_table(path)
+        policy, origin, manifest = PromptPolicy(), f"curated table {path}", None
+    else:
+        manifest = hub_data.manifest(section)
+        policy = validate((manifest or {}).get("policy") or {}, PromptPolicy, f"{path}/{MANIFEST}")
+        splits = hub_data.open_splits(section, is_published=bool(manifest))
+        origin = f"{'prepared' if manifest else 'Hugging Face'} data set {section.path}"
+    if splits.validation is not None:
+        _keep_apart(splits, is_published=bool(manifest))
+    provenance = {"path": section.path, "revision": splits.revision}
+    provenance["certificate"] = (manifest or {}).get("certificate")
+    return TrainingData(
+        origin=origin,
+        train=splits.train,
+        validation=splits.validation,
+        policy=merged_policy(policy, prompt, "the recipe's [prompt]"),
+        fingerprint=fingerprint(splits.train, splits.validation),
+        provenance=provenance,
+        notes=splits.notes,
+    )
+
+
+@dataclass
+class Splits:
+    """What an opener found."""
+
+    train: Rows
+    validation: Rows | None
+    revision: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def _keep_apart(splits: Splits, *, is_published: bool) -> None:
+    """Make sure that no picture is in both splits."""
+    assert splits.validation is not None
+    in_train = {id_.split("#")[0] for id_ in splits.train.ids}
+    shared = [r for r, id_ in enumerate(splits.validation.ids) if id_.split("#")[0] in in_train]
+    if not shared:
+        return
+    if is_published:
+        raise DataError(
+            f"{len(shared)} images are in train and in validation, such as "
+            f"{splits.validation.ids[shared[0]]}",
+            "The data set was changed after publishing; publish it again.",
+        )
+    for row in shared:
+        splits.validation.refused.setdefault(row, "also_in_train: the same bytes are in train")
+    splits.notes.append(f"{len(shared)} validation images are also in train and are left out")
+
+
+def fingerprint(*splits: Rows | None) -> str:
+    """Digest of the ids, sizes and texts of the splits, whatever their order on disk.
+
+    Edited pictures show in the ids, which are digests of the files.
+    """
+    total = blake2b(digest_size=16)
+    for rows in splits:
+        lines = [] if rows is None else sorted(_lines(rows))
+        total.update(f"{len(lines)}\n".encode())
+        for line in lines:
+            total.update(line)
+    return total.hexdigest()
+
+
+def _lines(rows: Rows) -> list[bytes]:
+    lines = []
+    for start in range(0, len(rows), _RECORD_BATCH):
+        span = range(start, min(start + _RECORD_BATCH, len(rows)))
+        for row, record in zip(span, rows.records(span), strict=True):
+            known = [rows.ids[row], rows.sizes_hw[row].tolist(), row in rows.refused, record]
+            text = json.dumps(known, sort_keys=True, default=str)
+            lines.append(blake2b(text.encode(), digest_size=16).digest())
+    return lines
+
+
+def renderer(
+    rows: Rows, policy: PromptPolicy, seed: int, num_chunks: Callable[[str], int]
+) -> Callable[[Sequence[int], int], list[Text]]:
+    """The function from (rows, visit) to training texts that the global order asks."""
+
+    def render(wanted: Sequence[int], visit: int) -> list[Text]:
+        texts = []
+        for record in rows.records(wanted):
+            rendered = render_prompt(record, policy, seed, visit)
+            texts.append(Text(rendered.text, rendered.dropped, num_chunks(rendered.text)))
+        return texts
+
+    return render

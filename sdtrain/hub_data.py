@@ -1,0 +1,321 @@
+"""Data sets that the `datasets` library opens: prepared ones, and any with pictures and text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdprep.console import progress, talk
+from sdprep.errors import DataError, nearest
+from sdprep.images import ImageRejected, open_image
+from sdprep.schema import MANIFEST, PREPARED, read_manifest
+from sdtrain.dataset import Splits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
+    from sdtrain.recipe import DataSection
+
+CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description", "sentence", "label_text")
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+_NO_TEXT = ("image", "signature", "boxes", "width", "height")
+_SCAN_ROWS = 64
+
+
+class HubRows:
+    """One split of a `datasets` data set.
+
+    Args:
+        dataset: with `image_column` not decoded.
+        text: the columns that prompts are made of, as Arrow.
+        image_column: a struct of bytes and path.
+        caption_column: None for prepared sets, whose rows are records as they are.
+    """
+
+    def __init__(self, dataset: Dataset, image_column: str, caption_column: str | None) -> None:
+        self._image_column, self._caption_column = image_column, caption_column
+        self._pictures = dataset.select_columns([image_column])
+        names = [caption_column] if caption_column else _record_columns(dataset)
+        self._text = dataset.select_columns(names).with_format("arrow")
+        self.ids: list[str] = []
+        self.sizes_hw = np.zeros((len(dataset), 2), np.int64)
+        self.refused: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._text)
+
+    def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Prepared columns by name; of other sets `id`, `caption` and `captions`."""
+        found = self._text[list(rows)].to_pylist() if len(rows) else []
+        if self._caption_column is None:
+            return found
+        texts = (record[self._caption_column] for record in found)
+        return [_record(self.ids[row], text) for row, text in zip(rows, texts, strict=True)]
+
+    def image(self, row: int) -> Image.Image:
+        """The upright RGB picture of one row."""
+        try:
+            return open_image(self.source(row), first_frame=True).image
+        except ImageRejected as error:
+            raise DataError(f"row {row} ({self.ids[row]}) does not decode: {error}") from error
+
+    def source(self, row: int) -> bytes | Path:
+        """The file of one row as it is stored."""
+        return _source(self._pictures[row][self._image_column])
+
+
+def _record(id_: str, text: Any) -> dict[str, Any]:
+    captions = [text] if isinstance(text, str) else [t for t in text or [] if isinstance(t, str)]
+    captions = [caption for caption in captions if caption.strip()]
+    return {
+        "id": id_,
+        "caption": captions[0] if captions else None,
+        "captions": [{"text": caption, "source": "data set"} for caption in captions],
+        "tags": [],
+    }
+
+
+def _record_columns(dataset: Dataset) -> list[str]:
+    return [name for name in PREPARED.names if name in dataset.features and name not in _NO_TEXT]
+
+
+def _source(cell: Any) -> bytes | Path:
+    if cell is None:
+        raise ImageRejected("missing_file", "the row has no picture")
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    return Path(cell["path"] or "")
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+def manifest(section: DataSection) -> dict[str, Any] | None:
+    """`sdprep.json` of a published data set; None if this is none.
+
+    Raises:
+        DataError: no such data set, or one of a schema version that this release does not know.
+    """
+    folder = Path(section.path)
+    if folder.exists():
+        file = folder / MANIFEST
+        if not file.is_file():
+            return None
+    else:
+        found = _from_hub(section)
+        if found is None:
+            return None
+        file = Path(found)
+    return read_manifest(file)
+
+
+def _from_hub(section: DataSection) -> str | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import LocalEntryNotFoundError as NotAtHand
+
+    where = {"repo_type": "dataset", "revision": section.revision}
+    try:
+        return str(hf_hub_download(section.path, MANIFEST, **where))  # type: ignore[arg-type]
+    except NotAtHand:
+        raise _missing(section.path, "no such folder, and the Hub cannot be reached") from None
+    except EntryNotFoundError:
+        return None
+    except HFValidationError:
+        raise _missing(section.path, "no such folder, and no Hub id either") from None
+    except HfHubHTTPError as error:
+        raise _missing(section.path, f"no such folder, and the Hub says: {error}") from None
+
+
+def _missing(path: str, why: str) -> DataError:
+    return DataError(
+        f"data.path = {path!r}: {why}",
+        "Give a prepared folder, a .lance table, or the id of a data set on the Hub.",
+    )
+
+
+def open_splits(section: DataSection, *, is_published: bool) -> Splits:
+    """Open the splits of a data set.
+
+    Raises:
+        DataError: it cannot be read, or its columns cannot be told apart.
+    """
+    loaded = _load(section)
+    if "train" not in loaded:
+        raise DataError(
+            f"{section.path} has no split called train; there are: {', '.join(loaded) or 'none'}"
+        )
+    names = ["train", *[name for name in VALIDATION_SPLITS if name in loaded][:1]]
+    notes: list[str] = []
+    if is_published:
+        columns: tuple[str, str | None] = ("image", None)
+        _require_prepared(loaded["train"], section.path)
+    else:
+        columns = _columns(loaded["train"], section, notes)
+        ignored = [name for name in loaded if name not in names]
+        if ignored:
+            notes.append(f"splits not used: {', '.join(ignored)}")
+    rows = [_open_split(loaded[name], name, columns, notes) for name in names]
+    revision = section.revision or _revision(loaded["train"])
+    return Splits(rows[0], rows[1] if len(rows) > 1 else None, revision, notes)
+
+
+def _load(section: DataSection) -> dict[str, Dataset]:
+    from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+
+    if not talk.is_terminal:
+        disable_progress_bars()
+    path = Path(section.path)
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    try:
+        if is_saved:
+            loaded = load_from_disk(str(path))
+        else:
+            loaded = load_dataset(section.path, revision=section.revision)
+    except Exception as error:  # the library raises its own, the Hub's, pyarrow's and more
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{section.path} cannot be opened as a data set: {reason[0]}") from error
+    if isinstance(loaded, Dataset):
+        return {"train": loaded}
+    assert isinstance(loaded, DatasetDict)
+    return {str(name): split for name, split in loaded.items()}
+
+
+def _revision(dataset: Dataset) -> str | None:
+    """The commit of a Hub data set, which `datasets` leaves in the origin of its files."""
+    checksums = getattr(dataset.info, "download_checksums", None) or {}
+    for url in sorted(checksums):
+        if url.startswith("hf://") and "@" in url:
+            return str(url).split("@")[1].split("/")[0]
+    return None
+
+
+def _require_prepared(dataset: Dataset, path: str) -> None:
+    missing = [name for name in ("id", "image", "width", "height") if name not in dataset.features]
+    if missing:
+        raise DataError(
+            f"{path} has {MANIFEST} but no column {missing[0]}; found: "
+            f"{', '.join(dataset.column_names)}",
+            "Publish the data set again with sdprep.",
+        )
+
+
+def _columns(dataset: Dataset, section: DataSection, notes: list[str]) -> tuple[str, str]:
+    """Which column holds pictures and which holds text; what is guessed is noted."""
+    from datasets import Image as ImageFeature
+
+    features = dataset.features
+    pictures = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
+    image = _column(section.image_column, "image_column", pictures, ("image",), features)
+    texts = [name for name, kind in features.items() if _is_text(kind)]
+    caption = _column(section.caption_column, "caption_column", texts, CAPTION_COLUMNS, features)
+    if section.image_column is None or section.caption_column is None:
+        notes.append(f"pictures are taken from column {image}, texts from column {caption}")
+    return image, caption
+
+
+def _is_text(kind: Any) -> bool:
+    from datasets import List, Value
+
+    inner = kind.feature if isinstance(kind, List) else kind
+    return isinstance(inner, Value) and inner.dtype in ("string", "large_string")
+
+
+def _column(
+    named: str | None, option: str, fitting: list[str], usual: Sequence[str], features: Any
+) -> str:
+    what = "pictures" if option == "image_column" else "text"
+    if named is not None:
+        if named in fitting:
+            return named
+        if named in features:
+            raise DataError(f"data.{option} = {named!r} holds no {what}: {features[named]}")
+        near = nearest(named, fitting)
+        hint = f"Did you mean {near}?" if near else f"There are: {', '.join(features)}."
+        raise DataError(f"data.{option} = {named!r} is no column of the data set", hint)
+    likely = [name for name in usual if name in fitting] or fitting
+    if not likely or (len(likely) > 1 and likely[0] not in usual):
+        kinds = {name: getattr(kind, "dtype", kind) for name, kind in features.items()}
+        found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise DataError(
+            f"cannot tell which column holds the {what}; the data set has: {found}",
+            f'Name it: data.{option} = "…".',
+        )
+    return likely[0]
+
+
+def _open_split(
+    dataset: Dataset, name: str, columns: tuple[str, str | None], notes: list[str]
+) -> HubRows:
+    from datasets import Image as ImageFeature
+
+    image, caption = columns
+    dataset = dataset.cast_column(image, ImageFeature(decode=False))
+    rows = HubRows(dataset, image, caption)
+    if caption is None:
+        small = dataset.select_columns(["id", "width", "height"]).with_format("arrow")[:]
+        rows.ids = small["id"].to_pylist()
+        rows.sizes_hw = np.stack([small["height"].to_numpy(), small["width"].to_numpy()], 1)
+        _require_unique(rows.ids, name)
+    else:
+        _scan(rows, name)
+        silent = sum(record["caption"] is None for record in rows.records(range(len(rows))))
+        if silent:
+            notes.append(f"{silent} of {len(rows)} rows of {name} have no text: empty prompt")
+    return rows
+
+
+def _require_unique(ids: list[str], split: str) -> None:
+    if len(set(ids)) == len(ids):
+        return
+    seen: set[str] = set()
+    twice = next(id_ for id_ in ids if id_ in seen or seen.add(id_))  # type: ignore[func-returns-value]
+    raise DataError(f"split {split} has the id {twice} twice", "Ids must name one row each.")
+
+
+def _scan(rows: HubRows, split: str) -> None:
+    """Read every picture once: its id (a digest of the file), its size, whether it decodes."""
+    counts: dict[str, int] = {}
+    with progress(f"looking at {split}", len(rows)) as bar, ThreadPoolExecutor() as pool:
+        for row, (id_, size_hw, reason) in enumerate(_looked_at(rows, pool)):
+            counts[id_] = counts.get(id_, 0) + 1
+            # The same file twice is two rows; the second needs an id of its own.
+            rows.ids.append(id_ if counts[id_] == 1 else f"{id_}#{counts[id_]}")
+            rows.sizes_hw[row] = size_hw
+            if reason is not None:
+                rows.refused[row] = f"{reason} (row {row} of {split})"
+            bar.advance()
+
+
+def _looked_at(rows: HubRows, pool: ThreadPoolExecutor) -> Iterator[Any]:
+    for start in range(0, len(rows), _SCAN_ROWS):
+        span = range(start, min(start + _SCAN_ROWS, len(rows)))
+        yield from pool.map(lambda row: _look_at(rows, row), span)
+
+
+def _look_at(rows: HubRows, row: int) -> tuple[str, tuple[int, int], str | None]:
+    data = b""
+    try:
+        source = rows.source(row)
+        data = source if isinstance(source, bytes) else _bytes_of(source)
+        info = open_image(data).info
+    except ImageRejected as error:
+        return _digest(data or f"row {row}".encode()), (0, 0), str(error)
+    return _digest(data), (info.height, info.width), None
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageRejected("missing_file", f"{path}: {error.strerror}") from error
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,251 @@
+"""The training recipe: TOML read into one frozen model, which documents every option."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import Field, create_model, field_validator, model_validator
+from sdprep.prompts import PromptPolicy
+
+from sdprep import plugins
+from sdprep.recipe import Section, load_recipe, validate
+
+Prob = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class DataSection(Section):
+    """What is trained on, and how it is cut into steps."""
+
+    path: str = Field(
+        min_length=1,
+        description="Prepared folder, curated .lance table, Hub id, or any Hugging Face data set.",
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a Hub data set.")
+    image_column: str | None = Field(
+        None, description="Column with the pictures, when it is not to be guessed."
+    )
+    caption_column: str | None = Field(
+        None, description="Column with the text, when it is not to be guessed."
+    )
+    resolution_px: int | None = Field(
+        None, gt=0, description="Side of the square with a bucket's area; default: the model's own."
+    )
+    batch_size: int = Field(
+        16, gt=0, description="Samples per optimizer step, over all GPUs and accumulation."
+    )
+    micro_batch_size: int = Field(4, gt=0, description="Samples per forward on one GPU.")
+    run_samples: int = Field(
+        8, gt=0, description="Samples of one size and text length that follow each other."
+    )
+    min_aspect: float = Field(0.0, ge=0.0, description="Narrowest bucket, width over height.")
+    max_aspect: float | None = Field(None, gt=0.0, description="Widest bucket, width over height.")
+    max_upscale: float = Field(
+        1.0, gt=0.0, description="Images that would grow by more than this factor are refused."
+    )
+    flip_prob: Prob = Field(0.0, description="Probability of a mirrored image, training only.")
+    workers: int = Field(2, ge=0, le=256, description="Processes that load images; 0: none.")
+
+    @model_validator(mode="after")
+    def _micro_fits(self) -> DataSection:
+        if self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} must not exceed "
+                f"batch_size {self.batch_size}"
+            )
+        if self.max_aspect is not None and self.max_aspect < self.min_aspect:
+            raise ValueError("max_aspect must not be below min_aspect")
+        return self
+
+
+class Rule(Section):
+    """What happens to the parameters whose canonical path a glob matches whole."""
+
+    match: str = Field(min_length=1, description="Glob: * within one name, ** across dots.")
+    lr: float | None = Field(None, ge=0.0, description="Learning rate; 0 means frozen.")
+    freeze: bool = Field(False, description="Freeze what matches.")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Rule:
+        if self.freeze == (self.lr is not None):
+            raise ValueError("needs either lr = NUMBER or freeze = true")
+        return self
+
+
+class TrainSection(Section):
+    """How long, and which parameters at which rate."""
+
+    samples: int | None = Field(None, gt=0, description="Images to consume in all.")
+    epochs: float | None = Field(None, gt=0.0, description="The same in passes over the data.")
+    lr: float | None = Field(
+        None, ge=0.0, description='Shorthand for a first rule { match = "unet.**", lr = … }.'
+    )
+    preset: str | None = Field(None, description="Shipped rule set, applied before `rules`.")
+    rules: tuple[Rule, ...] = Field((), description="In order; the last that matches wins.")
+    expect_percent: dict[str, float] = Field(
+        {}, description="Guard: share of each part that must train, in percent ±0.01."
+    )
+    timesteps: Literal["stratified", "iid"] = Field(
+        "stratified", description="Noise levels of one step: spread evenly, or drawn one by one."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.samples is None) == (self.epochs is None):
+            raise ValueError("needs either samples or epochs, and not both")
+        if self.lr is None and not self.rules:
+            raise ValueError("nothing would train; give lr, or rules with a rate")
+        return self
+
+
+class PrecisionSection(Section):
+    """In which number format the networks run; trained parameters are always float32."""
+
+    mixed: Literal["no", "fp16", "bf16"] = Field("bf16", description="Autocast format.")
+    device: str = Field(
+        "auto", description="cuda, cuda:1, mps or cpu; auto takes the best and says which."
+    )
+
+
+class ValidationSection(Section):
+    """StableEval: how well the model does on fixed images, noise and noise levels."""
+
+    every_samples: int | None = Field(
+        None, gt=0, description="Samples between two evaluations; default: a fortieth of the run."
+    )
+    images: int = Field(64, ge=0, description="Images of the validation split; 0: none.")
+    timesteps_per_image: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="Noise levels per image; auto: 4, or 16 with fewer than 16 images."
+    )
+    train_probe_images: int = Field(
+        64, ge=0, description="Training images evaluated in the same way; 0: none."
+    )
+    probe: str | None = Field(None, description="Probe file of another run, to compare with it.")
+    seed: int | None = Field(None, description="Seed of the evaluation; default: the recipe's.")
+
+
+class SamplingSection(Section):
+    """Pictures drawn while training."""
+
+    every_samples: int | None = Field(
+        None, gt=0, description="Samples between two sets; default: at the start and the end."
+    )
+    prompts: tuple[str, ...] = Field((), description="One picture each; empty: no pictures.")
+    num_inference_steps: int = Field(20, gt=0, description="Steps of the sampler.")
+    guidance_scale: float = Field(5.0, ge=0.0, description="Classifier-free guidance.")
+
+
+class CheckpointSection(Section):
+    """What is kept so that the run can go on."""
+
+    every_samples: int | None = Field(
+        None, gt=0, description="Samples between two checkpoints; default: a tenth of the run."
+    )
+    keep: int = Field(3, gt=0, description="How many of the newest checkpoints stay.")
+
+
+@lru_cache
+def _family_union() -> Any:
+    """`[model]` of every family: the plugin's own options beside `family` and `path`."""
+    members = []
+    for name, config in plugins.configs("family").items():
+        fields: dict[str, Any] = {
+            "family": (Literal[name], Field(description="Architecture of the model.")),
+            "path": (
+                str,
+                Field(min_length=1, description="Hub id, diffusers folder or .safetensors."),
+            ),
+            "revision": (
+                str | None,
+                Field(None, description="Commit, tag or branch of a Hub id."),
+            ),
+        }
+        members.append(create_model(f"{name}_model", __base__=config, **fields))
+    if len(members) == 1:
+        return members[0]
+    return Annotated[Union[tuple(members)], Field(discriminator="family")]  # noqa: UP007
+
+
+if TYPE_CHECKING:
+    # Built from the folder scan at run time; each has build(), and the family also path.
+    ModelSection = OptimizerSection = ScheduleSection = Any
+    WeightingSection = LossSection = AdapterSection = Any
+else:
+    ModelSection = _family_union()
+    OptimizerSection = plugins.union("optimizer")
+    ScheduleSection = plugins.union("schedule")
+    WeightingSection = plugins.union("weighting")
+    LossSection = plugins.union("loss")
+    AdapterSection = plugins.union("adapter")
+
+
+def _default(kind: str, name: str) -> Any:
+    return Field(default_factory=lambda: plugins.config_for(kind, name)())
+
+
+class TrainRecipe(Section):
+    """One training run."""
+
+    seed: int = Field(0, description="Every draw of the run is keyed by it.")
+    output: Path = Field(description="Run folder.")
+    model: ModelSection
+    data: DataSection
+    prompt: dict[str, Any] = Field(
+        {}, description="Overrides of the prompt policy that came with the data set."
+    )
+    train: TrainSection
+    optimizer: OptimizerSection = _default("optimizer", "adamw")
+    schedule: ScheduleSection = _default("schedule", "constant")
+    weighting: WeightingSection = _default("weighting", "none")
+    loss: LossSection = _default("loss", "mse")
+    adapter: AdapterSection = _default("adapter", "full")
+    precision: PrecisionSection = PrecisionSection()
+    validation: ValidationSection = ValidationSection()
+    sampling: SamplingSection = SamplingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @field_validator("output", mode="after")
+    @classmethod
+    def _is_named(cls, value: Path) -> Path:
+        if not value.name:
+            raise ValueError("must name a folder of its own, such as runs/first")
+        return value
+
+    def resolved(self) -> dict[str, Any]:
+        """Every option with its value, as JSON and TOML can hold it."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_train_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainRecipe:
+    """Read and check a training recipe; `overrides` are `--set` texts.
+
+    Raises:
+        RecipeError: every mistake at once, those of `[prompt]` among them.
+    """
+    recipe = load_recipe(path, TrainRecipe, overrides)
+    merged_policy(PromptPolicy(), recipe.prompt, f"{path} [prompt]")
+    return recipe
+
+
+def merged_policy(policy: PromptPolicy, overrides: dict[str, Any], where: str) -> PromptPolicy:
+    """The data set's policy with the recipe's `[prompt]` laid over it, key by key."""
+    if not overrides:
+        return policy
+    return validate(
+        _overlaid(policy.model_dump(mode="json", by_alias=True), overrides), PromptPolicy, where
+    )
+
+
+def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        # A table is laid over a table, unless it names another plugin-like `type` or `law`.
+        if isinstance(value, dict) and isinstance(below, dict):
+            merged[key] = _overlaid(below, value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,194 @@
+"""The state of a run: what a checkpoint keeps, and how a run starts or goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdprep.console import say
+from sdprep.errors import UserError
+from sdprep.seeding import digest
+from sdtrain import checkpoint
+from sdtrain.debias import LossFit
+from sdtrain.freeze_plan import tensor_hash
+from sdtrain.run_folder import RunFolder, versions
+from sdtrain.setup import Setup
+
+SCALER_START = 2.0**16
+SCALER_GROWTH_SAMPLES = 500_000
+
+
+@dataclass
+class Run:
+    """What changes while training; a checkpoint keeps all of it.
+
+    Args:
+        setup: what does not change.
+        folder: where results go.
+        samples_seen: the clock.
+        step: optimizer steps taken.
+        effort: sum of learning rate times the root of the step's samples, by group.
+        evaluations: validation lines so far.
+        fit: what the debiased loss curve is divided by.
+        skipped_in_a_row: steps that the float16 scaler left out just now.
+    """
+
+    setup: Setup
+    folder: RunFolder
+    samples_seen: int = 0
+    step: int = 0
+    effort: dict[str, float] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    fit: LossFit = field(default_factory=LossFit)
+    skipped_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        setup = self.setup
+        self.trained = setup.plan.trained()
+        self.names = {id(parameter): path for path, parameter in self.trained.items()}
+        self.optimizer = setup.recipe.optimizer.build(setup.plan.optimizer_groups())
+        self.loss, self.weighting = setup.loss(), setup.weighting()
+        self.schedule = setup.schedule()
+        self.frozen_start = {path: setup.start_hashes[path] for path in setup.plan.frozen}
+        self.trained_start = self.part_hashes()
+        self.scaler = torch.amp.GradScaler(
+            setup.device.type,
+            init_scale=SCALER_START,
+            growth_interval=max(1, SCALER_GROWTH_SAMPLES // setup.recipe.data.batch_size),
+            enabled=setup.recipe.precision.mixed == "fp16",
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.samples_seen >= self.setup.total_samples
+
+    def part_hashes(self) -> dict[str, str]:
+        """One hash of everything that trains in each part."""
+        by_part: dict[str, list[str]] = {}
+        for path in sorted(self.trained):
+            by_part.setdefault(path.split(".")[0], []).append(tensor_hash(self.trained[path]))
+        return {part: digest(part, *hashes) for part, hashes in by_part.items()}
+
+    def check_what_moved(self) -> None:
+        """At every save: frozen tensors are as they were, and every trained part has moved.
+
+        Raises:
+            AssertionError: a frozen tensor changed or has a gradient.
+            UserError: a part that should train is as it was at the start.
+        """
+        self.setup.plan.assert_frozen(self.frozen_start)
+        still = [p for p, value in self.part_hashes().items() if value == self.trained_start[p]]
+        if still and not self.skipped_in_a_row:
+            raise UserError(
+                f"after {self.samples_seen:,} samples nothing in {', '.join(still)} has changed",
+                "Its learning rate may be too small to move a float32, or it gets no gradient.",
+            )
+
+    def snapshot(self) -> checkpoint.Snapshot:
+        """Everything, as it is now."""
+        tensors, plain = checkpoint.optimizer_state(self.optimizer, self.names)
+        setup = self.setup
+        state = {
+            "format_version": checkpoint.FORMAT_VERSION,
+            "samples_seen": self.samples_seen,
+            "step": self.step,
+            "conditions": setup.conditions(),
+            "recipe": setup.recipe.resolved(),
+            "data": {**setup.data.provenance, "fingerprint": setup.data.fingerprint},
+            "versions": versions(),
+            "optimizer": plain,
+            "scaler": self.scaler.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "effort": self.effort,
+            "loss_fit": self.fit.state(),
+            "evaluations": self.evaluations,
+            "trained_start": self.trained_start,
+            "freeze_table": setup.plan.table(),
+        }
+        trained = {path: p.detach().cpu().contiguous() for path, p in self.trained.items()}
+        return checkpoint.Snapshot(state, trained, tensors)
+
+    def restore(self, snapshot: checkpoint.Snapshot) -> None:
+        """Go on from a checkpoint."""
+        state = snapshot.state
+        load_trained(self.setup, snapshot.trained)
+        checkpoint.restore_optimizer(
+            self.optimizer, self.names, snapshot.optimizer, state["optimizer"]
+        )
+        self.samples_seen, self.step = snapshot.samples_seen, int(state["step"])
+        self.effort, self.evaluations = dict(state["effort"]), list(state["evaluations"])
+        self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        self.trained_start = {**self.trained_start, **state["trained_start"]}
+        for path in self.setup.plan.frozen.keys() & snapshot.trained.keys():
+            # Trained before, frozen now by an accepted change of the rules.
+            self.frozen_start[path] = tensor_hash(self.setup.plan.frozen[path])
+        self.fit.restore(state["loss_fit"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def load_trained(setup: Setup, saved: dict[str, torch.Tensor]) -> None:
+    """Put the trained parameters of a checkpoint into a model.
+
+    Raises:
+        UserError: the checkpoint has a tensor that this model has no place for.
+    """
+    places = {**setup.plan.frozen, **setup.plan.trained()}
+    for path, tensor in saved.items():
+        place = places.get(path)
+        if place is None or place.shape != tensor.shape:
+            found = "nothing of that name" if place is None else str(tuple(place.shape))
+            raise UserError(
+                f"the checkpoint has {path} {tuple(tensor.shape)}, the model has {found}",
+                "Use the recipe (model and adapter) that the checkpoint was made with.",
+            )
+        with torch.no_grad():
+            place.copy_(tensor)
+
+
+def begin(setup: Setup, folder: RunFolder, *, resume: str, accept: Sequence[str] = ()) -> Run:
+    """Start a run, or go on with the one in the folder.
+
+    Args:
+        setup: what the recipe stands for.
+        folder: the run's, held for writing.
+        resume: `auto` takes the newest checkpoint if there is one; `never` insists on a fresh
+            start; anything else is the path of a checkpoint.
+        accept: recipe keys that may differ from the checkpoint's.
+
+    Raises:
+        UserError: the checkpoint was made under other conditions; lists them.
+    """
+    checkpoint.clear_leftovers(folder.checkpoints)
+    path = _chosen(folder, resume)
+    run = Run(setup, folder)
+    if path is None:
+        return run
+    snapshot = checkpoint.read(path)
+    saved = snapshot.state["conditions"]
+    for change in checkpoint.refuse_changes(path, saved, setup.conditions(), accept):
+        say(f"accepted change: {change}")
+    run.restore(snapshot)
+    checkpoint.set_aside_newer(folder.checkpoints, run.samples_seen)
+    say(f"resuming from {path}")
+    return run
+
+
+def _chosen(folder: RunFolder, resume: str) -> Path | None:
+    there = checkpoint.checkpoints(folder.checkpoints)
+    if resume == "auto":
+        return there[-1] if there else None
+    if resume == "never":
+        if there:
+            raise UserError(
+                f"--resume never: {folder.path} already holds checkpoints, the newest at "
+                f"{there[-1].name} samples",
+                "Name another output, or delete that folder first.",
+            )
+        return None
+    return Path(resume)

@@ -1,0 +1,100 @@
+"""The folder of one run: who may write it, what was asked, and what it ran on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sdprep.errors import DataError, UserError
+from sdprep.lock import WriterLock
+from sdtrain.recipe import TrainRecipe
+from sdtrain.toml_text import toml_text
+
+PACKAGES = (
+    *("sdprep-sdtrain", "torch", "diffusers", "transformers", "datasets", "accelerate", "peft"),
+    *("safetensors", "tokenizers", "numpy", "pillow", "pyarrow", "pylance"),
+)
+
+
+class RunFolder:
+    """Names of what a run leaves behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.toml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.validation = path / "validation"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.tensorboard = path / "tensorboard"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The right to write here; only one process has it.
+
+        Raises:
+            UserError: another process trains in it, or it holds something else.
+        """
+        is_ours = self.recipe.is_file() or not _visible(self.path)
+        if not is_ours:
+            raise UserError(
+                f"output = {str(self.path)!r} exists and is no run folder",
+                "Give the run a folder of its own.",
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(WriterLock(self.path / f".{self.path.name}.lock").hold())
+            except DataError as error:
+                raise UserError(f"run folder {self.path}: {error.message}", error.hint) from None
+            yield
+
+    def describe(self, recipe: TrainRecipe, facts: dict[str, Any]) -> None:
+        """Write the resolved recipe and the environment."""
+        _replace(self.recipe, toml_text(recipe.resolved()))
+        text = json.dumps({**environment(), **facts}, indent=1, ensure_ascii=False)
+        _replace(self.environment, text + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that a result depends on."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _visible(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    if not path.is_dir():
+        return [path.name]
+    return [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)

@@ -1,0 +1,222 @@
+"""Everything a recipe stands for, opened: data, model, what trains, buckets and length.
+
+`run`, `check`, `inspect` and `validate` all start here, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sdprep.buckets import Bucket, bucket_list
+from sdprep.console import say, warn
+from sdprep.errors import UserError
+from sdprep.seeding import digest
+from sdtrain.buckets import Assignment, GlobalOrder, assign, require_enough
+from sdtrain.dataset import TrainingData, open_data, renderer
+from sdtrain.family import Family, Loss
+from sdtrain.freeze_plan import FreezePlan, tensor_hash
+from sdtrain.freezing import build_plan
+from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
+from sdtrain.recipe import TrainRecipe
+from sdtrain.schedule import Schedule
+from sdtrain.weighting import Weighting
+
+
+@dataclass
+class Setup:
+    """A run that could start.
+
+    Args:
+        recipe: as it was read.
+        device: where the networks are.
+        data: both splits and the prompt policy.
+        family: the model, with the adapter attached and everything frozen that does not train.
+        adapter: how it is trained.
+        plan: what trains at which rate.
+        start_hashes: hash of every base tensor as it was loaded, by canonical path.
+        train: bucket of every training row, or why it is refused.
+        validation: the same of the validation split; None if there is none.
+    """
+
+    recipe: TrainRecipe
+    device: torch.device
+    data: TrainingData
+    family: Family
+    adapter: Any
+    plan: FreezePlan
+    start_hashes: dict[str, str]
+    train: Assignment
+    validation: Assignment | None
+
+    @cached_property
+    def order(self) -> GlobalOrder:
+        """The stream of training samples."""
+        texts = renderer(
+            self.data.train, self.data.policy, self.recipe.seed, self.family.num_chunks
+        )
+        return GlobalOrder(
+            self.data.train.ids,
+            self.train,
+            texts,
+            seed=self.recipe.seed,
+            run_samples=self.recipe.data.run_samples,
+        )
+
+    @property
+    def total_samples(self) -> int:
+        """Length of the run in samples."""
+        train = self.recipe.train
+        if train.samples is not None:
+            return train.samples
+        assert train.epochs is not None
+        return max(1, round(train.epochs * len(self.train.kept)))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.total_samples // self.recipe.data.batch_size)
+
+    def every_samples(self, asked: int | None, share: int) -> int:
+        """A cadence of the recipe, or its default: one `share`-th of the run, in whole steps."""
+        if asked is not None:
+            return asked
+        steps = max(1, round(self.num_steps / share))
+        return steps * self.recipe.data.batch_size
+
+    def micro_batches(self, samples_seen: int = 0) -> Iterator[MicroBatch]:
+        """What every forward from a position of the clock on is made of."""
+        recipe = self.recipe
+        steps = self.order.steps(samples_seen, self.total_samples, recipe.data.batch_size)
+        return plan_micro_batches(
+            steps,
+            self.family,
+            seed=recipe.seed,
+            size=recipe.data.micro_batch_size,
+            timesteps=recipe.train.timesteps,
+        )
+
+    def reader(self) -> BatchReader:
+        """What turns those into tensors."""
+        return BatchReader(
+            self.data.train,
+            seed=self.recipe.seed,
+            latent_shape=(self.family.latent_channels, self.family.vae_scale_factor),
+            flip_prob=self.recipe.data.flip_prob,
+        )
+
+    def loss(self) -> Loss:
+        """The recipe's loss."""
+        return self.recipe.loss.build()
+
+    def weighting(self) -> Weighting:
+        """The recipe's weighting; one without a rule for this model is refused here."""
+        weighting: Weighting = self.recipe.weighting.build()
+        weighting(torch.ones(1), self.family.prediction_type)
+        return weighting
+
+    def schedule(self) -> Schedule:
+        """The recipe's schedule over the whole run."""
+        return self.recipe.schedule.build(self.total_samples)
+
+    def conditions(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued."""
+        recipe = self.recipe.resolved()
+        del recipe["prompt"]  # only the policy that results from it counts
+        return {
+            **recipe,
+            "prompt": self.data.policy.model_dump(mode="json", by_alias=True),
+            "data_fingerprint": self.data.fingerprint,
+            "model_fingerprint": digest("model", *sorted(self.start_hashes.items())),
+        }
+
+
+def open_setup(recipe: TrainRecipe) -> Setup:
+    """Open everything a recipe names and apply its freezing rules.
+
+    Raises:
+        UserError: anything that cannot be used, said before any training.
+    """
+    device = pick_device(recipe.precision.device)
+    data = open_data(recipe.data, recipe.prompt)
+    for note in data.notes:
+        say(f"data: {note}")
+    family, adapter, hashes, plan = open_model(recipe, device)
+    buckets = bucket_sizes(recipe, family)
+    train = assign(data.train, buckets, recipe.data.max_upscale)
+    require_enough(train, "train", len(data.train))
+    validation = None
+    if data.validation is not None:
+        validation = assign(data.validation, buckets, recipe.data.max_upscale)
+        require_enough(validation, "validation", len(data.validation))
+    setup = Setup(recipe, device, data, family, adapter, plan, hashes, train, validation)
+    setup.weighting()
+    setup.schedule()
+    return setup
+
+
+def open_model(
+    recipe: TrainRecipe, device: torch.device
+) -> tuple[Family, Any, dict[str, str], FreezePlan]:
+    """Load the networks, move them, attach the adapter and freeze the rest."""
+    model = recipe.model
+    family = model.build(
+        model.path,
+        precision=recipe.precision.mixed,
+        device=str(device),
+        revision=model.revision,
+    )
+    hashes = {path: tensor_hash(tensor) for path, tensor in family.named_parameters()}
+    adapter = recipe.adapter.build()
+    train = recipe.train
+    plan = build_plan(family, train.rules, adapter, lr=train.lr, preset=train.preset)
+    plan.check_expected(train.expect_percent)
+    return family, adapter, hashes, plan
+
+
+def bucket_sizes(recipe: TrainRecipe, family: Family) -> tuple[Bucket, ...]:
+    """The bucket sizes of a run; tiny models have smaller multiples."""
+    data = recipe.data
+    return bucket_list(
+        data.resolution_px or family.default_resolution_px,
+        family.bucket_multiple_px,
+        data.min_aspect,
+        data.max_aspect if data.max_aspect is not None else float("inf"),
+    )
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device that the recipe asks for, or the best there is; never a silent fallback.
+
+    Raises:
+        UserError: it asks for one that torch does not see.
+    """
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        if gpu_without_torch():
+            warn("there is an NVIDIA GPU, but this torch cannot use it; training on the CPU")
+        return torch.device("cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"precision.device = {asked!r} cannot be used: {reason}",
+            "Use auto, cuda, cuda:N, mps or cpu.",
+        ) from None
+    return device
+
+
+def gpu_without_torch() -> bool:
+    """Whether an NVIDIA driver is there that torch does not see."""
+    import shutil
+
+    return shutil.which("nvidia-smi") is not None and not torch.cuda.is_available()

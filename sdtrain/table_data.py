@@ -1,0 +1,137 @@
+"""Train on a table under curation as it stands, without a second copy of the pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sdprep.errors import DataError
+from sdprep.images import ImageRejected, open_image
+from sdtrain.dataset import Splits
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sdprep.table import PhotoTable
+
+
+def is_curated(path: Path) -> bool:
+    """Whether a .lance folder is a table of sdprep, not one split of a published data set."""
+    import lance
+
+    metadata = lance.dataset(str(path)).schema.metadata or {}
+    return "schema_version" in json.loads(metadata.get(b"sdprep", b"{}"))
+
+
+class TableRows:
+    """One split of a curated table.
+
+    Args:
+        path: the table; reopened in every process that reads pictures.
+        rows: id, width, height and the columns that prompts are made of.
+    """
+
+    def __init__(self, path: Path, rows: pa.Table) -> None:
+        self._path = path
+        self._text = rows
+        self._table: PhotoTable | None = None
+        self.ids: list[str] = rows["id"].to_pylist()
+        self.sizes_hw = np.stack([rows["height"].to_numpy(), rows["width"].to_numpy()], 1)
+        self.sizes_hw = self.sizes_hw.astype(np.int64)
+        self.refused: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return self._text.num_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}  # an open table does not travel
+
+    def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The composed columns of some rows, as they would be published."""
+        found = self._text.take(list(rows)).to_pylist() if len(rows) else []
+        return [_record(row) for row in found]
+
+    def image(self, row: int) -> Image.Image:
+        """The upright RGB picture of one row."""
+        from sdprep.table import PhotoTable
+
+        if self._table is None:
+            self._table = PhotoTable.open(self._path)
+        id_ = self.ids[row]
+        try:
+            return open_image(self._table.image_bytes([id_])[id_], first_frame=True).image
+        except ImageRejected as error:
+            raise DataError(f"{self._path}: image {id_} does not decode: {error}") from error
+
+
+def open_table(path: Path) -> Splits:
+    """Open the kept rows of a table, by its own split.
+
+    Raises:
+        DataError: there is no such table.
+    """
+    from sdprep.prepared_rows import score_column
+    from sdprep.table import PhotoTable
+
+    table = PhotoTable.open(path)
+    score = score_column(table, None)
+    also = [name for name in ("caption", "captions", "tags", "split") if table.has(name)]
+    ranks = [f"{score}.score"] if score else []
+    rows = table.kept(["id", "width", "height", "text", *also, *ranks])
+    if score:
+        rows = rows.rename_columns([*rows.column_names[:-1], "score"])
+    notes = [f"table version {table.version}; rejected rows stay out; score: {score or 'none'}"]
+    validation = None
+    if "split" in also:
+        is_validation = pc.fill_null(pc.equal(rows["split"], "validation"), False)
+        validation = _split(path, rows.filter(is_validation))
+        rows = rows.filter(pc.invert(is_validation))
+    else:
+        notes.append("the table has no split: everything is trained on (see sdprep split)")
+    train = _split(path, rows)
+    if train is None:
+        raise DataError(f"{path} has no kept image to train on", "See: sdprep status TABLE")
+    return Splits(train, validation, str(table.version), notes)
+
+
+def _split(path: Path, rows: pa.Table) -> TableRows | None:
+    if not rows.num_rows:
+        return None
+    found = TableRows(path, rows)
+    if "split" in rows.column_names:
+        for row in np.flatnonzero(rows["split"].is_null().to_numpy()).tolist():
+            found.refused[row] = f"no_split: {found.ids[row]} came after the last sdprep split"
+    scores = rows["score"].to_pylist() if "score" in rows.column_names else []
+    for row, rank in enumerate(scores):
+        if rank is not None and rank < 1:  # publishing leaves these out as well
+            found.refused[row] = f"score_zero: {found.ids[row]} has score {rank}"
+    return found
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    """What `sdprep publish` would write of the columns that prompts are made of."""
+    text = row["text"] or {}
+    caption = row.get("caption") or text.get("caption")
+    captions = row.get("captions")
+    if captions is None:
+        captions = [{"text": caption, "source": "sidecar"}] if caption else []
+    tags = row.get("tags")
+    if tags is None:
+        beside = text.get("tags") or []
+        tags = [{**tag, "score": None, "source": "sidecar"} for tag in beside]
+    rank = row.get("score")
+    is_rank = rank is not None and math.isfinite(rank)
+    return {
+        "id": row["id"],
+        "caption": caption,
+        "captions": captions,
+        "tags": tags,
+        "score": min(9, max(1, math.floor(rank + 0.5))) if is_rank else None,
+    }

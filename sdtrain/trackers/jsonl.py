@@ -1,0 +1,68 @@
+"""`metrics.jsonl`: one JSON object a line, the record that everything else is drawn from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonlTracker:
+    """Appends lines; after a kill the file is cut back to what the checkpoint knows.
+
+    Args:
+        path: the file; made if absent.
+        samples_seen: the clock of the checkpoint that the run goes on from. Later lines, which
+            the run is about to write again, and a torn last line are removed. None: start empty.
+    """
+
+    def __init__(self, path: Path, samples_seen: int | None) -> None:
+        _cut_back(path, samples_seen)
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line; numbers that JSON cannot hold become null."""
+        self._file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; called before every checkpoint."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file, in order; a torn last line is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+def _cut_back(path: Path, samples_seen: int | None) -> None:
+    lines = read_metrics(path) if samples_seen is not None else []
+    kept = [line for line in lines if line["samples_seen"] <= (samples_seen or 0)]
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

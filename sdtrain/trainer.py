@@ -1,0 +1,289 @@
+"""The loop: step, log, validate, sample, save, in that order and nowhere else.
+
+The clock is `samples_seen`. Order, noise, text, crop and learning rate are pure functions of
+(seed, samples_seen), so a run that stops and goes on ends in the same bytes as one that does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdprep.console import progress, say
+from sdprep.errors import UserError
+from sdtrain import checkpoint
+from sdtrain.batch import Batch
+from sdtrain.loader import MicroBatch, load
+from sdtrain.recipe import TrainRecipe
+from sdtrain.run import Run, begin
+from sdtrain.run_folder import RunFolder
+from sdtrain.setup import Setup, open_setup
+from sdtrain.step import denoising_loss
+from sdtrain.stopping import StopRequest
+from sdtrain.trackers.jsonl import JsonlTracker
+from sdtrain.trackers.tensorboard import TensorBoardTracker
+
+MOST_SKIPPED_STEPS = 20
+
+Parts = Iterator[tuple[MicroBatch, Batch]]
+
+
+class DivergedError(UserError):
+    """A loss or gradient that is no number."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    output: str
+    samples_seen: int
+    total_samples: int
+    step: int
+    is_finished: bool
+    checkpoint: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return dict(self.__dict__)
+
+
+def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = ()) -> Outcome:
+    """Train a recipe to its end, or until asked to stop; run again to go on.
+
+    Raises:
+        UserError: anything that the user can mend, before training where it can be known.
+    """
+    folder = RunFolder(recipe.output)
+    with folder.writing(), StopRequest() as stop:
+        setup = open_setup(recipe)
+        say(setup.plan.table())
+        run = begin(setup, folder, resume=resume, accept=accept)
+        if not run.is_finished:
+            folder.describe(recipe, facts(setup))
+            with ExitStack() as stack:
+                resumed_at = run.samples_seen or None
+                trackers = [
+                    JsonlTracker(folder.metrics, resumed_at),
+                    TensorBoardTracker(folder.tensorboard, resumed_at),
+                ]
+                for tracker in trackers:
+                    stack.callback(tracker.close)
+                fit(run, trackers, stop)
+    newest = checkpoint.checkpoints(folder.checkpoints)[-1:]
+    return Outcome(
+        output=str(folder.path),
+        samples_seen=run.samples_seen,
+        total_samples=setup.total_samples,
+        step=run.step,
+        is_finished=run.is_finished,
+        checkpoint=str(newest[0]) if newest else None,
+    )
+
+
+def facts(setup: Setup) -> dict[str, Any]:
+    """What a run folder's environment.json says besides versions."""
+    device = setup.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": f"{device} ({name})",
+        "data": {**setup.data.provenance, "fingerprint": setup.data.fingerprint},
+        "freeze_table": setup.plan.table().splitlines(),
+        "total_samples": setup.total_samples,
+    }
+
+
+def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
+    """Train from where the run's clock stands to its end, or until `stop`.
+
+    Args:
+        run: fresh or restored; changed in place.
+        trackers: each gets every metrics line.
+        stop: becomes true when the user asks to end; the run then saves and returns.
+    """
+    setup, recipe = run.setup, run.setup.recipe
+    total = setup.total_samples
+    validate_every = setup.every_samples(recipe.validation.every_samples, 40)
+    sample_every = recipe.sampling.every_samples or total
+    save_every = setup.every_samples(recipe.checkpoint.every_samples, 10)
+    probes = open_probes(run)
+
+    # A fresh run looks once before its first step. One that goes on has done all of that.
+    first_look: list[Parts | None] = [] if run.samples_seen else [None]
+    with progress("training", total, "samples") as bar:
+        bar.advance(run.samples_seen)
+        for parts in chain(first_look, steps(run)):
+            before = run.samples_seen
+            if parts is not None:
+                log(trackers, take_step(run, parts))
+                bar.advance(run.samples_seen - before)
+            if is_due(run, validate_every, before):
+                for line in evaluate(run, probes):
+                    log(trackers, line)
+            if is_due(run, sample_every, before) and recipe.sampling.prompts:
+                draw_samples(run)
+            if run.step and (stop.is_set or is_due(run, save_every, before)):
+                save(run, trackers)
+            if stop.is_set:
+                say(f"stopped at {run.samples_seen:,} of {total:,} samples; run again to go on")
+                break
+
+
+def is_due(run: Run, every_samples: int, before: int) -> bool:
+    """Whether the clock stands at the start or the end, or passed a multiple of a cadence."""
+    now = run.samples_seen
+    at_an_end = now in (0, run.setup.total_samples)
+    return at_an_end or before // every_samples < now // every_samples
+
+
+def steps(run: Run) -> Iterator[Parts]:
+    """The micro-batches of one optimizer step after the other, from the clock on."""
+    setup = run.setup
+    planned = setup.micro_batches(run.samples_seen)
+    loaded = load(setup.reader(), planned, setup.recipe.data.workers)
+    for _, parts in groupby(loaded, key=lambda part: part[0].step.samples_seen):
+        yield parts
+
+
+def take_step(run: Run, parts: Parts) -> dict[str, Any]:
+    """One optimizer step: forwards, backwards, clip, check, update, and the clock.
+
+    The loss is the sum over all samples of weight times loss, divided by their number, however
+    they are cut into micro-batches.
+
+    Returns:
+        the training line for the metrics.
+
+    Raises:
+        DivergedError: a loss or the gradient is no number; names the samples.
+    """
+    setup = run.setup
+    lr_factor = run.schedule(run.samples_seen)
+    rates = {group.name: group.lr * lr_factor for group in setup.plan.groups}
+    for group in run.optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
+
+    positions: list[int] = []
+    levels: list[float] = []
+    pieces: list[tuple[Tensor, Tensor]] = []
+    for micro, batch in parts:
+        num_samples = len(micro.step.slots)
+        batch = batch.to(setup.device)
+        losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
+        logsnr = setup.family.logsnr(batch.u)
+        weights = run.weighting(logsnr.exp(), setup.family.prediction_type).to(setup.device)
+        run.scaler.scale((weights * losses).sum() / num_samples).backward()
+        positions += micro.positions
+        levels += logsnr.tolist()
+        pieces.append((losses.detach(), weights))
+        if micro.is_last:
+            break
+    step = micro.step
+    order = torch.tensor(positions).argsort()
+    losses_by_slot = torch.cat([losses for losses, _ in pieces]).cpu()[order].double()
+    weights_by_slot = torch.cat([weights for _, weights in pieces]).cpu()[order].double()
+    levels_by_slot = [levels[at] for at in order.tolist()]
+    _check_losses(run, losses_by_slot, [slot.sample_id for slot in step.slots])
+    grad_norm = _update(run, [slot.sample_id for slot in step.slots])
+
+    run.samples_seen += len(step.slots)
+    run.step += 1
+    for name, lr in rates.items():
+        run.effort[name] = run.effort.get(name, 0.0) + lr * math.sqrt(len(step.slots))
+    return {
+        "kind": "train",
+        "samples_seen": run.samples_seen,
+        "step": run.step,
+        "loss": float((weights_by_slot * losses_by_slot).mean()),
+        "loss_debiased": run.fit.debiased(losses_by_slot.tolist(), levels_by_slot),
+        "grad_norm": grad_norm,
+        "lr": rates,
+    }
+
+
+def _check_losses(run: Run, losses: Tensor, ids: Sequence[str]) -> None:
+    bad = [id_ for id_, loss in zip(ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    if bad:
+        raise DivergedError(
+            f"the loss is no number after {run.samples_seen:,} samples, for {len(bad)} of "
+            f"{len(ids)} images: {', '.join(bad[:8])}",
+            _what_to_try(run),
+        )
+
+
+def _update(run: Run, ids: Sequence[str]) -> float:
+    """Clip once over everything, then step; returns the norm of the gradient before clipping."""
+    most = run.setup.recipe.optimizer.max_grad_norm or math.inf
+    run.scaler.unscale_(run.optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(run.trained.values(), most))
+    if not math.isfinite(norm):
+        run.skipped_in_a_row += 1
+        if not run.scaler.is_enabled() or run.skipped_in_a_row > MOST_SKIPPED_STEPS:
+            raise DivergedError(
+                f"the gradient is no number after {run.samples_seen:,} samples; the step's "
+                f"images: {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}",
+                _what_to_try(run),
+            )
+    else:
+        run.skipped_in_a_row = 0
+    run.scaler.step(run.optimizer)  # leaves the step out itself when float16 overflowed
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _what_to_try(run: Run) -> str:
+    newest = checkpoint.checkpoints(run.folder.checkpoints)[-1:]
+    where = f" The newest checkpoint is {newest[0]}." if newest else ""
+    return f'Try a lower learning rate, a warm-up, or precision.mixed = "no".{where}'
+
+
+def open_probes(run: Run) -> list[Any]:
+    """The fixed images, noise and noise levels that this run is judged by."""
+    wanted = run.setup.recipe.validation
+    if not wanted.images and not wanted.train_probe_images:
+        return []
+    from sdtrain import stable_eval
+
+    return stable_eval.open_probes(run.setup, run.folder.validation)
+
+
+def evaluate(run: Run, probes: Sequence[Any]) -> list[dict[str, Any]]:
+    """One validation line for each probe, kept in the run's history."""
+    lines = []
+    for probe in probes:
+        from sdtrain import stable_eval
+
+        line = stable_eval.evaluate(probe, run.setup, run.samples_seen)
+        lines.append({"kind": "validation", "samples_seen": run.samples_seen, **line})
+    run.evaluations += lines
+    return lines
+
+
+def draw_samples(run: Run) -> None:
+    """Pictures of the recipe's prompts as the model is now."""
+    from sdtrain import sampling
+
+    sampling.draw(run.setup, run.folder.samples, run.samples_seen)
+
+
+def save(run: Run, trackers: Sequence[Any]) -> None:
+    """Write a checkpoint; what was logged so far reaches the disk before it."""
+    run.check_what_moved()
+    for tracker in trackers:
+        tracker.sync()
+    keep = run.setup.recipe.checkpoint.keep
+    checkpoint.write(run.folder.checkpoints, run.snapshot(), keep)
+
+
+def log(trackers: Sequence[Any], line: dict[str, Any]) -> None:
+    """Give one line to every tracker."""
+    for tracker in trackers:
+        tracker.log(line)
