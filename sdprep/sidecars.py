@@ -1,0 +1,128 @@
+"""Text that lies beside images: decoding it, and reading tags and captions out of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sdprep.source_item import ItemText
+
+MAX_SIDECAR_BYTES = 2**20
+"""Larger text files are no captions."""
+
+RATINGS = {
+    "g": "general",
+    "s": "sensitive",
+    "q": "questionable",
+    "e": "explicit",
+    "safe": "general",
+}
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+_ROLES = ("caption", "tags", "rating", "license", "parent_id", "class_name", "split", "repeats")
+
+
+class BadText(Exception):
+    """A sidecar that cannot be understood; the message is the kind of finding."""
+
+
+def decode_text(data: bytes) -> tuple[str, bool]:
+    """Bytes of a text file as clean text, and whether the encoding had to be guessed.
+
+    UTF-8, or UTF-16 with its mark; what is neither is taken for cp1252. The byte-order mark and
+    control characters go, line ends become newlines, outer blanks are cut off.
+    """
+    is_guess = False
+    try:
+        is_wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = data.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        text, is_guess = data.decode("cp1252", errors="replace"), True
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _CONTROL.sub("", text).strip(), is_guess
+
+
+def split_tags(text: str) -> tuple[tuple[str, str | None], ...]:
+    """Tags of a list with commas or one a line, as written but for outer blanks."""
+    names = (name.strip() for name in re.split(r"[,\n]", text))
+    return tuple((name, None) for name in names if name)
+
+
+def parse_json(data: bytes) -> tuple[Any, bool]:
+    """A JSON file, and whether its encoding had to be guessed.
+
+    Raises:
+        BadText: it is no JSON.
+    """
+    text, is_guess = decode_text(data)
+    try:
+        return json.loads(text), is_guess
+    except (ValueError, RecursionError):
+        raise BadText("bad_json") from None
+
+
+def text_of_record(record: Mapping[str, Any]) -> tuple[ItemText, list[str]]:
+    """What a metadata record says about its image; keys that we do not know are left alone.
+
+    Args:
+        record: `caption` (or `text`), `tags` (list of names, list of {name, category}, or text with
+            commas), `rating`, `license`, `parent_id`, `class_name`, `split`, `repeats`.
+    Returns:
+        the text, and the names of fields whose values make no sense and were left out.
+    """
+    values = dict(record)
+    values.setdefault("caption", values.get("text"))
+    fields: dict[str, Any] = {}
+    bad = []
+    for name in _ROLES:
+        value = values.get(name)
+        if value is None or value == "" or value == []:
+            continue
+        try:
+            fields[name] = _READERS.get(name, _string)(value)
+        except (TypeError, ValueError):
+            bad.append(name)
+    return ItemText(**{name: value for name, value in fields.items() if value}), bad
+
+
+def _string(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError(value)
+    return _CONTROL.sub("", str(value)).strip()
+
+
+def _tags(value: Any) -> tuple[tuple[str, str | None], ...]:
+    if isinstance(value, str):
+        return split_tags(_CONTROL.sub("", value))
+    if not isinstance(value, list):
+        raise TypeError(value)
+    found = [_tag(entry) for entry in value]
+    return tuple(tag for tag in found if tag[0])
+
+
+def _tag(entry: Any) -> tuple[str, str | None]:
+    if isinstance(entry, dict):
+        name = entry["name"] if "name" in entry else entry.get("tag")
+        category = entry.get("category")
+        return _string(name), _string(category) if category is not None else None
+    return _string(entry), None
+
+
+def _rating(value: Any) -> str:
+    name = _string(value).lower()
+    name = RATINGS.get(name, name)
+    if name not in RATINGS.values():
+        raise ValueError(value)
+    return name
+
+
+def _repeats(value: Any) -> int:
+    number = int(_string(value))
+    if not 0 <= number < 2**31:
+        raise ValueError(value)
+    return number
+
+
+_READERS = {"tags": _tags, "rating": _rating, "repeats": _repeats}
