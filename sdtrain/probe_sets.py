@@ -1,0 +1,192 @@
+"""Which images a run is judged by: chosen, rendered and piloted once, at sample 0."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdprep.prompts import PromptPolicy, validation_prompt
+
+from sdprep.buckets import Bucket
+from sdprep.console import warn
+from sdprep.errors import DataError
+from sdprep.seeding import digest, integer
+from sdtrain.buckets import Assignment
+from sdtrain.dataset import Rows
+from sdtrain.family import Family
+from sdtrain.freeze_plan import tensor_hash
+from sdtrain.lattice import FLAT, NUM_STRATA, PILOT_REPEATS, pilot_points, warp_from_pilot
+from sdtrain.probe import PROBE_FILE, Probe, ProbeImage
+from sdtrain.stable_eval import Point, ProbeSet
+
+if TYPE_CHECKING:
+    from sdtrain.setup import Setup
+
+_RECORDS_AT_ONCE = 256
+
+
+def open_probes(setup: Setup, folder: Path, samples_seen: int = 0) -> list[ProbeSet]:
+    """The sets that a run is judged by, made at sample 0 and found again afterwards.
+
+    Args:
+        setup: the run; at sample 0 its model is what the pilot looks at.
+        folder: `validation/` of the run.
+        samples_seen: the clock.
+
+    Raises:
+        DataError: the run has started and its probe is gone, or a set has no usable image.
+    """
+    wanted = setup.recipe.validation
+    sets = []
+    for name, rows, assignment, count in (
+        ("validation", setup.data.validation, setup.validation, wanted.images),
+        ("train_probe", setup.data.train, setup.train, wanted.train_probe_images),
+    ):
+        if not count:
+            continue
+        if rows is None or assignment is None or not len(assignment.kept):
+            warn(f"the data set has no {name} images: only the other set is evaluated")
+            continue
+        sets.append(_open(name, setup, rows, assignment, count, folder, samples_seen))
+    return sets
+
+
+def _open(
+    name: str,
+    setup: Setup,
+    rows: Rows,
+    assignment: Assignment,
+    count: int,
+    folder: Path,
+    samples_seen: int,
+) -> ProbeSet:
+    wanted = setup.recipe.validation
+    seed = setup.recipe.seed if wanted.seed is None else wanted.seed
+    levels = None if wanted.timesteps_per_image == "auto" else wanted.timesteps_per_image
+    plain = plain_probe(
+        name,
+        setup.family,
+        rows,
+        assignment,
+        setup.data.policy,
+        seed=seed,
+        num_images=count,
+        num_levels=levels,
+    )
+    micro = setup.recipe.data.micro_batch_size
+
+    def opened(probe: Probe) -> ProbeSet:
+        found = ProbeSet(setup.family, rows, probe, micro, setup.device)
+        found.folder = probe.save(folder)
+        return found
+
+    if wanted.probe is not None:
+        shared = Probe.load(Path(wanted.probe))
+        if shared.name == name:
+            _must_fit(shared, plain, wanted.probe)
+            return opened(shared)
+    if samples_seen == 0:
+        return opened(with_pilot(ProbeSet(setup.family, rows, plain, 1, setup.device)))
+    for path in sorted(folder.glob(f"*/{PROBE_FILE}")):
+        probe = Probe.load(path)
+        if replace(probe, warp=FLAT) == plain:
+            return opened(probe)
+    raise DataError(
+        f"{folder} holds no probe for the set {name} of this run",
+        "It is made at sample 0 and needed to go on; start the run afresh, or put it back.",
+    )
+
+
+def _must_fit(shared: Probe, plain: Probe, path: str) -> None:
+    """A probe of another run must look through the same networks."""
+    for key in ("family", "prediction_type", "precision", "vae_hash"):
+        found, expected = getattr(shared, key), getattr(plain, key)
+        if found != expected:
+            raise DataError(
+                f"validation.probe = {path!r}: made with {key} {found}, this run has {expected}",
+                "Numbers of the two could not be compared.",
+            )
+
+
+def plain_probe(
+    name: str,
+    family: Family,
+    rows: Rows,
+    assignment: Assignment,
+    policy: PromptPolicy,
+    *,
+    seed: int,
+    num_images: int,
+    num_levels: int | None,
+) -> Probe:
+    """Choose images and render their prompts; the levels are not warped yet.
+
+    Images are those of the lowest keyed rank, one of each group of near duplicates, so that images
+    added elsewhere leave a probe alone and row order does not matter.
+
+    Args:
+        name: the set.
+        family: the model.
+        rows: the split.
+        assignment: buckets of its usable rows.
+        policy: prompts are rendered once, without noise.
+        seed: of the evaluation.
+        num_images: at most; fewer if the split has fewer.
+        num_levels: noise levels per image; None: 4, or 16 with fewer than 16 images.
+    """
+    chosen = _choose(name, rows, assignment, seed, num_images)
+    records = rows.records([row for row, _ in chosen])
+    images = tuple(
+        ProbeImage(rows.ids[row], validation_prompt(record, policy, seed), bucket.size_hw)
+        for (row, bucket), record in zip(chosen, records, strict=True)
+    )
+    vae = [tensor_hash(tensor) for _, tensor in sorted(family.parts["vae"].state_dict().items())]
+    return Probe(
+        name=name,
+        seed=seed,
+        images=images,
+        num_levels=num_levels or (16 if len(images) < 16 else 4),
+        warp=FLAT,
+        family=family.name,
+        prediction_type=family.prediction_type,
+        precision=family.precision,
+        vae_hash=digest("vae", *vae),
+    )
+
+
+def with_pilot(plain: ProbeSet) -> Probe:
+    """Find out where the loss is, with 64 forwards one by one, and warp the levels to it.
+
+    One by one, so that the warp is the same for every micro-batch.
+    """
+    probe = plain.probe
+    which, levels = pilot_points(probe.seed, probe.name, len(probe.images))
+    points = [
+        Point(int(image), float(u), "pilot noise", k)
+        for k, (image, u) in enumerate(zip(which, levels, strict=True))
+    ]
+    means = plain.losses(points, 1).reshape(NUM_STRATA, PILOT_REPEATS).mean(1)
+    return replace(probe, warp=warp_from_pilot(means))
+
+
+def _choose(
+    name: str, rows: Rows, assignment: Assignment, seed: int, num_images: int
+) -> list[tuple[int, Bucket]]:
+    """(row, bucket) of the images with the lowest keyed rank, one of each group."""
+    ranked = sorted(
+        zip(assignment.kept.tolist(), assignment.bucket_of.tolist(), strict=True),
+        key=lambda entry: integer(seed, "probe", name, rows.ids[entry[0]]),
+    )
+    seen: set[str] = set()
+    chosen: list[tuple[int, Bucket]] = []
+    for start in range(0, len(ranked), _RECORDS_AT_ONCE):
+        part = ranked[start : start + _RECORDS_AT_ONCE]
+        for (row, bucket), record in zip(part, rows.records([r for r, _ in part]), strict=True):
+            group = record.get("group_id") or rows.ids[row]
+            if group not in seen and len(chosen) < num_images:
+                seen.add(group)
+                chosen.append((row, assignment.buckets[bucket]))
+        if len(chosen) == num_images:
+            break
+    return chosen

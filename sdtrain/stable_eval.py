@@ -1,0 +1,208 @@
+"""StableEval: only the model may move the number.
+
+The same images, prompts, noise and noise levels every time; always the unweighted mean squared
+error, uniform in u whatever training uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdprep.buckets import Bucket
+from sdprep.errors import DataError
+from sdtrain.batch import Batch, MicroConditioning
+from sdtrain.dataset import Rows
+from sdtrain.family import Family
+from sdtrain.losses.mse import mse
+from sdtrain.noise import noise_for
+from sdtrain.paired import compare
+from sdtrain.pixels import evaluation_view
+from sdtrain.probe import LossMatrix, Probe
+from sdtrain.step import denoising_loss
+
+
+@dataclass(frozen=True)
+class Point:
+    """One forward: an image at a noise level, with noise of its own key."""
+
+    image: int
+    u: float
+    noise_purpose: str
+    noise_index: int
+
+
+class ProbeSet:
+    """One set of images that is evaluated again and again.
+
+    Args:
+        family: the model; evaluated as it is at each call.
+        rows: the split that the images come from.
+        probe: what is evaluated.
+        micro_batch: samples per forward; changes the speed only.
+        device: of the networks.
+    """
+
+    def __init__(
+        self, family: Family, rows: Rows, probe: Probe, micro_batch: int, device: torch.device
+    ) -> None:
+        self.family, self.rows, self.probe = family, rows, probe
+        self.micro_batch, self.device = micro_batch, device
+        self.folder: Path | None = None  # where matrices go
+        self._row_of = {id_: row for row, id_ in enumerate(rows.ids)}
+        missing = [image.id for image in probe.images if image.id not in self._row_of]
+        if missing:
+            raise DataError(
+                f"the probe {probe.name} needs image {missing[0]}, which the data set lacks",
+                "A probe can be reused only on the data set that holds its images.",
+            )
+        self._latents: dict[int, Tensor] = {}  # the VAE never trains, so once is enough
+        self._micro: dict[int, MicroConditioning] = {}
+
+    def evaluate(self) -> LossMatrix:
+        """Measure the loss of the model as it is now."""
+        n, m = self.probe.shape
+        u = self.probe.u()
+        points = [Point(i, float(u[i, j]), "noise", j) for i in range(n) for j in range(m)]
+        loss = self.losses(points, self.micro_batch).reshape(n, m)
+        return LossMatrix(loss, u, self.probe.density())
+
+    def losses(self, points: Sequence[Point], micro_batch: int) -> np.ndarray:
+        """(len(points),) float32 raw losses, in the order of the points."""
+        found = np.zeros(len(points), np.float32)
+        with evaluation_mode(self.family), torch.no_grad():
+            for group in self._groups(points, micro_batch):
+                batch, latents = self._batch([points[at] for at in group])
+                losses = denoising_loss(self.family, batch, mse, latents=latents)
+                found[group] = losses.float().cpu().numpy()
+        if not np.isfinite(found).all():
+            bad = points[int(np.flatnonzero(~np.isfinite(found))[0])]
+            raise DataError(
+                f"the loss of {self.probe.images[bad.image].id} at u = {bad.u:.4f} is not finite",
+                "The model is damaged, or the precision is too low for it.",
+            )
+        return found
+
+    def _groups(self, points: Sequence[Point], size: int) -> Iterator[list[int]]:
+        """Indices of points that can share a forward: one bucket, one number of chunks."""
+        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for at, point in enumerate(points):
+            image = self.probe.images[point.image]
+            key = (image.bucket_hw, self.family.num_chunks(image.prompt))
+            groups.setdefault(key, []).append(at)
+        for group in groups.values():
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
+
+    def _batch(self, points: Sequence[Point]) -> tuple[Batch, Tensor]:
+        images = [self.probe.images[point.image] for point in points]
+        latents = torch.stack([self._encoded(point.image) for point in points])
+        seed = self.probe.seed
+        noise = [
+            noise_for(seed, p.noise_purpose, image.id, p.noise_index, latents.shape[1:])
+            for p, image in zip(points, images, strict=True)
+        ]
+        batch = Batch(
+            ids=[image.id for image in images],
+            visits=[0] * len(points),
+            pixels=torch.empty(len(points), 0),  # the latents stand in for them
+            prompts=[image.prompt for image in images],
+            micro=[self._micro[point.image] for point in points],
+            noise=torch.stack(noise),
+            u=torch.tensor([point.u for point in points], dtype=torch.float64),
+        )
+        return batch.to(self.device), latents
+
+    def _encoded(self, index: int) -> Tensor:
+        """Scaled latents of one image, (C, h, w), encoded alone: no batch mate can change them."""
+        if index not in self._latents:
+            image = self.probe.images[index]
+            height, width = image.bucket_hw
+            picture = self.rows.image(self._row_of[image.id])
+            pixels, self._micro[index] = evaluation_view(picture, Bucket(width, height))
+            self._latents[index] = self.family.encode_images(pixels[None].to(self.device))[0]
+        return self._latents[index]
+
+
+def evaluate(probe_set: ProbeSet, samples_seen: int) -> dict[str, Any]:
+    """Evaluate the model as it is, keep the matrix on disk, and compare it with sample 0.
+
+    Returns:
+        the validation line for `metrics.jsonl`.
+
+    Raises:
+        DataError: the matrix of sample 0 is gone.
+    """
+    assert probe_set.folder is not None, "open_probes says where matrices go"
+    matrix = probe_set.evaluate()
+    path = probe_set.folder / f"{samples_seen}.npz"
+    matrix.save(path, [image.id for image in probe_set.probe.images])
+    start = matrix if samples_seen == 0 else LossMatrix.load(probe_set.folder / "0.npz")
+    change = compare(start.weighted, matrix.weighted)
+    return {
+        "kind": "validation",
+        "samples_seen": samples_seen,
+        "set": probe_set.probe.name,
+        "mean": matrix.mean,
+        "change_percent": change.change_percent,
+        "ci95_percent": change.ci95_percent,
+        "ci95_new_images_percent": change.ci95_new_images_percent,
+        "resolves_percent": change.resolves_percent,
+        "bins": _bins(matrix, start),
+        "probe_id": probe_set.probe.probe_id,
+    }
+
+
+def _bins(matrix: LossMatrix, start: LossMatrix) -> list[dict[str, float | None]]:
+    """Ten bins of u: the loss, and how it compares with sample 0."""
+    found = []
+    for k, (now, then) in enumerate(zip(matrix.bins(), start.bins(), strict=True)):
+        relative = now / then if now is not None and then else None
+        found.append({"from": k / 10, "to": (k + 1) / 10, "loss": now, "relative": relative})
+    return found
+
+
+def verdict(lines: Sequence[dict[str, Any]]) -> str:
+    """What the newest evaluation of both sets says, in a word.
+
+    Args:
+        lines: validation lines of one moment, at most one for each set.
+    """
+    moved = {line["set"]: _direction(line["ci95_percent"]) for line in lines}
+    held_out, seen = moved.get("validation"), moved.get("train_probe")
+    if held_out is None:
+        return "no validation images: cannot tell learning from memorising"
+    if held_out < 0:
+        return "learning"
+    if held_out > 0 and seen is not None and seen < 0:
+        return "memorising"
+    if held_out > 0:
+        return "diverging" if seen is None or seen > 0 else "getting worse"
+    return "flat"
+
+
+def _direction(interval: Sequence[float] | None) -> int:
+    if interval is None:
+        return 0
+    return -1 if interval[1] < 0 else 1 if interval[0] > 0 else 0
+
+
+@contextmanager
+def evaluation_mode(family: Family) -> Iterator[None]:
+    """Networks in eval mode; every module gets its own mode back, whatever happens."""
+    parts = family.parts.values()
+    modes = [(module, module.training) for part in parts for module in part.modules()]
+    for part in parts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
