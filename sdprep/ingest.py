@@ -289,6 +289,8 @@ class _Run:
                 f"edited in place: {some(self.book.superseded)}. The new pictures are in; the rows"
                 " of the former ones are rejected as source_changed"
             )
+        if not self.report.found:
+            warn(f"there are no images in {self.source.place}")
         if gone:
             warn(f"not in {self.report.source} any more: {some(sorted(gone))}; their rows stay")
 

@@ -84,7 +84,7 @@ def text_of_record(record: Mapping[str, Any]) -> tuple[ItemText, list[str]]:
             fields[name] = _READERS.get(name, _string)(value)
         except (TypeError, ValueError):
             bad.append(name)
-    return ItemText(**{name: value for name, value in fields.items() if value}), bad
+    return ItemText(**{name: value for name, value in fields.items() if value not in ("", ())}), bad
 
 
 def _string(value: Any) -> str:
