@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -212,15 +212,22 @@ def _certificate(manifest: Mapping[str, Any]) -> str:
     if not certificate:
         return f"{head}\n\nThere is no split certificate: the table was published without a split."
     rows = [
-        [plain(name.replace("_", " ")), plain(value, 120)]
-        for name, value in certificate.items()
-        if isinstance(value, str | int | float | bool)
+        [plain(name.replace("_", " ")), plain(value, 120)] for name, value in _flat(certificate)
     ]
     return (
         f"{head}\n\nNear duplicates share a group, and no group is in both splits. "
         "The full certificate is in `sdprep.json`; `sdprep split --verify` checks it.\n\n"
         + table(["certificate", "value"], rows)
     )
+
+
+def _flat(certificate: Mapping[str, Any], inner: bool = False) -> Iterator[tuple[str, Any]]:
+    """Single values of a certificate, and of the sections right below it."""
+    for name, value in certificate.items():
+        if isinstance(value, str | int | float):
+            yield name, value
+        elif isinstance(value, dict) and not inner:
+            yield from ((f"{name}: {key}", one) for key, one in _flat(value, inner=True))
 
 
 def _making(manifest: Mapping[str, Any], recipe_text: str | None) -> str:

@@ -63,10 +63,9 @@ def _justified(aspects: Sequence[float]) -> list[tuple[list[int], int]]:
 def _filled(row: Sequence[float]) -> tuple[list[int], int]:
     room = SHEET_WIDTH - GAP * (len(row) + 1)
     height = min(2 * SAMPLE_HEIGHT, int(room / sum(row)))
-    widths = [max(1, int(height * aspect)) for aspect in row]
-    if height < 2 * SAMPLE_HEIGHT:
-        widths[-1] += room - sum(widths)  # the last picture takes the rounding
-    return widths, height
+    full = room if height < 2 * SAMPLE_HEIGHT else height * sum(row)
+    edges = np.rint(np.cumsum([0.0, *row]) / sum(row) * full).astype(int)
+    return np.diff(edges).tolist(), height
 
 
 def plot_buckets(

@@ -21,7 +21,7 @@ from pydantic import Field
 from sdprep.card import write_card
 from sdprep.card_facts import Facts, hide_paths
 from sdprep.console import progress, say, warn
-from sdprep.errors import DataError
+from sdprep.errors import DataError, UserError
 from sdprep.prepared_files import LanceWriter, RowWriter, ShardWriter, features
 from sdprep.prepared_rows import Losses, PromptOf, prepared_rows, score_column
 from sdprep.recipe import Section
@@ -91,7 +91,7 @@ class PublishReport:
 
 def publish(
     table: PhotoTable,
-    to: Path,
+    to: Path | None = None,
     *,
     config: PublishConfig | None = None,
     policy: PromptPolicy | None = None,
@@ -103,18 +103,22 @@ def publish(
 
     Args:
         table: only read.
-        to: the folder; missing, empty, or an earlier data set of ours, which is replaced.
+        to: the folder; missing, empty, or an earlier data set of ours, which is replaced. None
+            takes it from the config.
         config: options; None takes the defaults.
         policy: prompt policy that travels with the data and renders the validation prompts.
         recipe_text: the recipe as the user wrote it, for the card.
 
     Raises:
         DataError: nothing to publish, images without split, disk too small, folder not ours.
-        UserError: the score named is not in the table.
+        UserError: no folder is named, or the score named is not in the table.
     """
     from sdprep.prompts import PromptPolicy
 
     config, policy = config or PublishConfig(), policy or PromptPolicy()
+    to = to or config.to
+    if to is None:
+        raise UserError("publish.to is missing", 'Say where: --to DIR, or to = "DIR" in [publish].')
     to = Path(to).resolve()
     _mend(to)
     foreign = _foreign_files(table, to)
@@ -127,6 +131,7 @@ def publish(
         if not facts.num_rows:
             raise DataError(f"nothing of {table.path} can be published", _said(losses))
         manifest = _manifest(table, config, score, policy, losses, facts)
+        manifest["certificate"] = _certificate(table, scratch, facts)
         title = config.title or to.name
         write_card(scratch, manifest, facts, title=title, recipe_text=recipe_text)
         manifest["files"] = _own_files(scratch)
@@ -255,7 +260,6 @@ def _manifest(
 ) -> dict[str, Any]:
     columns = [name for name in table.columns() if name.startswith(ANNOTATORS)]
     prints = {name: table.notes(name).get("fingerprint") for name in columns}
-    certificate = table.notes("split").get("certificate")
     return {
         "SCHEMA_VERSION": SCHEMA_VERSION,
         "format": config.format,
@@ -264,11 +268,22 @@ def _manifest(
         "repacked_as_png": losses.num_repacked,
         "score": score,
         "policy": json.loads(policy.model_dump_json(by_alias=True)),
-        "certificate": json.loads(certificate) if certificate else None,
+        "certificate": None,
         "fingerprints": {name: hide_paths(text) for name, text in prints.items() if text},
         "features": features(),
         "files": [],
     }
+
+
+def _certificate(table: PhotoTable, folder: Path, facts: Facts) -> dict[str, Any] | None:
+    """The split's certificate; counted anew where some of its images are not in the folder."""
+    from sdprep.certificate import NOTE, restated
+
+    text = table.notes("split").get(NOTE)
+    certificate = json.loads(text) if text else None
+    if certificate and certificate["counts"] != dict(facts.rows):
+        return restated(certificate, folder)
+    return certificate
 
 
 def _json(value: Mapping[str, Any]) -> str:
