@@ -58,3 +58,8 @@ def independent_u(seed: int, samples_seen: int, batch_size: int) -> Tensor:
         (batch_size,) float64 in [0, 1), before the family's `density`.
     """
     return torch.from_numpy(rng_for(seed, "timesteps-iid", samples_seen).random(batch_size))
+
+
+def uniform_for(seed: int, purpose: str, name: str, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers in [0, 1) for one named tensor: float32 on the CPU."""
+    return torch.from_numpy(rng_for(seed, purpose, name).random(tuple(shape), "float32"))

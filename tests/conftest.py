@@ -25,3 +25,12 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model of one family, written once a session; never change it."""
+    from tests.tiny import tiny_folder
+
+    root = tmp_path_factory.mktemp("tiny-models")
+    return lambda family: tiny_folder(root, family)

@@ -160,13 +160,12 @@ def read_index(path: str, pipeline_class: str, revision: str | None = None) -> d
 
 
 def _download_index(path: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(hf_hub_download(path, "model_index.json", revision=revision))
-    except (OSError, ValueError, HFValidationError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HfHubHTTPError) as error:
         beside = Path(path).parent
         folders = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
         near = nearest(Path(path).name, folders)
