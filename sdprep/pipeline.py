@@ -5,6 +5,7 @@ Every stage does only what is missing, so a run that was killed goes on where it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,29 @@ def ingest_stage(table: PhotoTable, source: Any, **how: Any) -> Report:
         return ingest(table, source, **how).to_json()
 
 
+def source_from(place: str, type_: str, settings: list[str]) -> Any:
+    """The source that a path stands for.
+
+    Raises:
+        UserError: no such kind, option or folder.
+    """
+    name = "folder" if type_ == "auto" else type_
+    return options(plugins.config_for("source", name), settings, type=name, path=place).build()
+
+
+def preview_source(source: Any) -> Report:
+    """What a source holds, without reading a picture."""
+    items = sum(1 for _ in source.iter_samples())
+    totals = source.totals()
+    levels = [finding.level for finding in source.findings]
+    return {
+        "found": items,
+        "num_bytes": totals[1] if totals else None,
+        "ignored": levels.count("ignored") + levels.count("skipped"),
+        "findings": [asdict(finding) for finding in source.findings],
+    }
+
+
 def annotate_stage(
     table: PhotoTable, jobs: Iterable[tuple[str, str, Any]], **how: Any
 ) -> list[Report]:
@@ -49,10 +73,10 @@ def annotate_stage(
 
 def compose_stage(table: PhotoTable, config: Any) -> Report:
     """Compose the final tags and captions of every image."""
-    from sdprep.tags import compose_tags
+    from sdprep.tags import TagsConfig, compose_tags
 
     with stage(table, "tags", command_line()):
-        return compose_tags(table, config)
+        return compose_tags(table, config or TagsConfig())
 
 
 def duplicates_stage(table: PhotoTable, config: Any) -> Report:
@@ -73,12 +97,12 @@ def select_stage(table: PhotoTable, config: Any, *, reset: bool = False) -> Repo
         return asdict(select_table(table, where, reason, reset=reset))
 
 
-def split_stage(table: PhotoTable, config: Any) -> Report:
+def split_stage(table: PhotoTable, config: Any, *, redo: bool = False) -> Report:
     """Assign train and validation by group."""
     from sdprep.split import split_table
 
     with stage(table, "split", command_line()):
-        return split_table(table, config).to_json()
+        return split_table(table, config, redo=redo).to_json()
 
 
 def publish_stage(table: PhotoTable, config: Any, policy: Any, recipe_text: str = "") -> Report:
@@ -88,7 +112,7 @@ def publish_stage(table: PhotoTable, config: Any, policy: Any, recipe_text: str 
     return publish(table, config=config, policy=policy, recipe_text=recipe_text).to_json()
 
 
-# --- annotators from the command line -------------------------------------------------------------
+# --- options from the command line ---------------------------------------------------------------
 
 
 def configs_from_options(
@@ -125,20 +149,39 @@ def _is_for(setting: str, name: str, names: list[str]) -> bool:
     return True
 
 
+def tags_config(
+    table: PhotoTable, aliases: Path | None, implications: Path | None, blacklist: Path | None
+) -> Any:
+    """What composes the tags: the lists given, else those of the last time."""
+    from sdprep.recipe import validate
+    from sdprep.tags import TagsConfig
+    from sdprep.tag_lists import read_names
+
+    given: Report = json.loads(table.notes("tags").get("tags_config", "{}"))
+    given |= {"aliases": str(aliases)} if aliases else {}
+    given |= {"implications": str(implications)} if implications else {}
+    given |= {"blacklist": list(read_names(blacklist))} if blacklist else {}
+    return validate(given, TagsConfig, "the command line")
+
+
 # --- a whole recipe -------------------------------------------------------------------------------
 
 STAGES = ("ingest", "annotate", "tags", "dedup", "select", "split", "publish")
 
 
 def run_recipe(
-    recipe: PrepRecipe, recipe_text: str, from_stage: str | None = None
+    recipe: PrepRecipe,
+    recipe_text: str = "",
+    from_stage: str | None = None,
+    tell: Callable[[str, Report], None] = lambda name, report: None,
 ) -> list[tuple[str, Report]]:
     """Run all stages of a recipe in order; each does only what is missing.
 
     Args:
         recipe: what to do.
-        recipe_text: its resolved text, for the card of the published data set.
+        recipe_text: its text, for the card of the published data set.
         from_stage: leave out the stages before this one.
+        tell: called with every stage and its report as soon as it is done.
 
     Returns:
         (stage, report) of every stage that ran.
@@ -149,7 +192,9 @@ def run_recipe(
     for name, work in _work(recipe, recipe_text, table):
         if name in wanted:
             say(f"[bold]{name}[/bold]")
-            done.append((name, work()))
+            report = work()
+            tell(name, report)
+            done.append((name, report))
     return done
 
 
@@ -206,7 +251,7 @@ def plan(recipe: PrepRecipe) -> list[tuple[str, Report]]:
         if isinstance(path := getattr(config, "path", None), Path) and not path.exists():
             raise RecipeError(f"source {config.type}: there is no folder {path}")
         steps.append(("ingest", settings))
-    for _, column, config in recipe.annotators():
+    for _, column, _ in recipe.annotators():
         steps.append(("annotate", {"column": column, **_left(table, column)}))
     for name in ("tags", "duplicates", "select", "split", "publish"):
         section = getattr(recipe, name)

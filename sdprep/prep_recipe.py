@@ -63,7 +63,7 @@ class PrepRecipe(Section):
         columns = [column for _, column, _ in self.annotators()]
         twice = sorted({column for column in columns if columns.count(column) > 1})
         if twice:
-            raise ValueError(f"two plugins fill {twice[0]}; tell them apart with as = \"name\"")
+            raise ValueError(f'two plugins fill {twice[0]}; tell them apart with as = "name"')
         return self
 
     def annotators(self) -> list[tuple[str, str, Any]]:

@@ -127,9 +127,10 @@ def tags_lint(
 ) -> None:
     """Find chains, cycles, conflicts, shortcuts and stale entries in an alias list."""
     from sdprep.commands.text import lint_text
-    from sdprep.tag_lists import lint_file
+    from sdprep.tag_lint import lint
+    from sdprep.tag_lists import read_tag_list
 
-    found = lint_file(file)
+    found = lint(read_tag_list(file)).to_json()
     show_report(found, json_, lint_text(found))
 
 

@@ -58,14 +58,17 @@ def select(
 def split(
     table: Annotated[Path, typer.Argument(help="The table; to verify, also a published folder.")],
     validation: Annotated[
-        str | None, typer.Option(help="Share of the images, such as 0.05; automatic without.")
+        float | None, typer.Option(help="Share of the images, such as 0.05; automatic without.")
     ] = None,
     validation_count: Annotated[int | None, typer.Option(help="Number of images.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the group ranks.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     stratify: Annotated[
-        bool, typer.Option("--stratify/--no-stratify", help="Same mix on both sides.")
-    ] = True,
-    manual: Annotated[str | None, typer.Option(help="Column or list that decides.")] = None,
+        str, typer.Option(help="Same mix on both sides: of source,bucket,score; or none.")
+    ] = "source,bucket,score",
+    manual: Annotated[
+        str | None, typer.Option(help="A column, ids:FILE, folder:NAME or source decides.")
+    ] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Forget the sides stored so far.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the split; change nothing.")
     ] = False,
@@ -73,7 +76,9 @@ def split(
 ) -> None:
     """Assign train and validation by group, so that no near duplicate is on both sides."""
     from sdprep.commands.text import split_text, verify_text
-    from sdprep.pipeline import split_config, split_stage
+    from sdprep.pipeline import split_stage
+    from sdprep.recipe import validate
+    from sdprep.split import SplitConfig
     from sdprep.table import PhotoTable
 
     if verify:
@@ -84,6 +89,9 @@ def split(
         if found["problems"]:
             raise typer.Exit(2)
         return
-    config = split_config(validation, validation_count, seed, stratify, manual)
-    report = split_stage(PhotoTable.open(table), config)
+    given = {"validation": validation, "validation_count": validation_count, "manual": manual}
+    given = {key: value for key, value in given.items() if value is not None}
+    parts = [part.strip() for part in stratify.split(",") if part.strip() not in ("", "none")]
+    config = validate({**given, "seed": seed, "stratify": parts}, SplitConfig, "the command line")
+    report = split_stage(PhotoTable.open(table), config, redo=redo)
     show_report(report, json_, split_text(report))

@@ -83,7 +83,7 @@ def run(
         if not json_:
             show_report(report, False, stage_text(name, report))
 
-    done = run_recipe(loaded, from_stage, tell)
+    done = run_recipe(loaded, recipe.read_text("utf-8-sig"), from_stage, tell)
     if json_:
         show_report({"stages": [{"stage": name, **report} for name, report in done]}, True, "")
     failed = sum(a["failed"] for _, report in done for a in report.get("annotators", []))

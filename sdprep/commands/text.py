@@ -97,18 +97,19 @@ def publish_text(report: Report) -> str:
 
 def lint_text(report: Report) -> str:
     """Problems by kind, with examples."""
-    lines = [counted({k: v for k, v in report.items() if _is_number(v)})]
-    by_kind: dict[str, list[Report]] = {}
-    for problem in report["problems"]:
-        by_kind.setdefault(problem["kind"], []).append(problem)
-    for kind, problems in by_kind.items():
-        lines.append(f"{kind}: {len(problems):,}")
-        lines += [f"  {_problem(problem)}" for problem in problems[:3]]
+    lines = [
+        f"{report['file']}: {report['format']}, {report['rows']:,} rows, "
+        f"{report['rows_with_links']:,} with links; {report['usable']:,} links can be used"
+    ]
+    for kind, count in report["counts"].items():
+        if count:
+            examples = [p for p in report["problems"] if p["kind"] == kind][:3]
+            lines.append(f"{kind}: {count:,}  ({examples[0]['detail']})")
+            lines += [
+                f"  line {p['line']}: {p['antecedent']} → {', '.join(p['consequents'])}"
+                for p in examples
+            ]
     return "\n".join(lines)
-
-
-def _problem(problem: Report) -> str:
-    return ", ".join(f"{key} {value}" for key, value in problem.items() if key != "kind")
 
 
 _STAGE_TEXT = {
