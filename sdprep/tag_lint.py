@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdprep.tag_lists import TagLink, TagList
-from sdprep.tags import cycle_members, resolve_chains
+from sdprep.tag_rules import cycle_members, resolve_chains
 
 PROBLEMS = {
     "malformed": "the line cannot be read",
@@ -100,7 +100,12 @@ class LintReport:
         }
 
 
-def lint(source: TagList, vocabulary: Collection[str] | None = None) -> LintReport:
+def lint(
+    source: TagList,
+    vocabulary: Collection[str] | None = None,
+    *,
+    keep_canonical: bool = True,
+) -> LintReport:
     """Check a list and choose the links that are safe to use.
 
     One problem is reported per distinct antecedent (per distinct link for `chain`, `self`,
@@ -109,6 +114,8 @@ def lint(source: TagList, vocabulary: Collection[str] | None = None) -> LintRepo
     Args:
         source: the list.
         vocabulary: canonical names; by default those of the list itself, if it has any.
+        keep_canonical: leave out links whose antecedent is a tag in its own right. A live list
+            has few and retired ones (`hair_bun` to `single_hair_bun`): they would erase tags.
     """
     known = frozenset(vocabulary if vocabulary is not None else source.categories)
     problems = [Problem("malformed", line, "", (), detail) for line, detail in source.malformed]
@@ -126,6 +133,9 @@ def lint(source: TagList, vocabulary: Collection[str] | None = None) -> LintRepo
     for link in links.values():
         targets.setdefault(link.antecedent, []).append(link)
     bad = _bad_antecedents(targets, source.kind == "aliases", known, problems)
+    if not keep_canonical:
+        reasons = [(problem.kind, problem.antecedent) for problem in problems]
+        bad = {name for kind, name in reasons if kind in ("shortcut", "conflict")}
     cycle = cycle_members(
         {name: [to.consequent for to in to_all] for name, to_all in targets.items()}
     )

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from sdprep.errors import DataError
 from sdprep.schema import TAG_CATEGORIES
-from sdprep.tags import normalise_tag
+from sdprep.tag_rules import normalise_tag
 
 ListKind = Literal["aliases", "implications"]
 
@@ -115,6 +115,13 @@ def read_tag_list(path: str | Path, kind: ListKind | None = None) -> TagList:
         num_rows_with_links=found.rows_with_links,
         malformed=tuple(found.malformed),
     )
+
+
+def lint_file(path: str | Path) -> dict[str, Any]:
+    """What `sdprep tags lint FILE` reports; see `LintReport.to_json`."""
+    from sdprep.tag_lint import lint
+
+    return lint(read_tag_list(path)).to_json()
 
 
 def read_names(path: str | Path) -> tuple[str, ...]:

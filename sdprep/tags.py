@@ -1,193 +1,262 @@
-"""Tags: one canonical spelling, and the rules that turn raw tags into final ones.
+"""The fold that makes the final tags and captions of every image.
 
-The order is always normalise, alias, implication, blacklist, deprecated. The words are the booru
-community's: an alias is another name of a tag, an implication adds what a tag always entails.
+Raw tags of all taggers go through thresholds and rules; what people said in the journal wins.
+Everything is looked at per distinct raw name once, so the work per row is a few look-ups.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Literal
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-ImplicationMode = Literal["add", "drop_ancestors", "off"]
+import pyarrow as pa
+from pydantic import Field, field_validator
 
-_ESCAPED = re.compile(r"\\([()])")
+from sdprep.console import say, warn
+from sdprep.recipe import Section
+from sdprep.schema import FOLDS, TAG_CATEGORIES
+from sdprep.tag_composition import RawTag, TagEdits, compose_row, read_edits
+from sdprep.tag_rules import ImplicationMode, TagRules, make_rules, normalise_tag
+
+if TYPE_CHECKING:
+    from sdprep.table import PhotoTable
+
+__all__ = [
+    "RawTag",
+    "TagEdits",
+    "TagRules",
+    "TagsConfig",
+    "compose_row",
+    "compose_tags",
+    "make_rules",
+    "normalise_tag",
+    "read_edits",
+]
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+THRESHOLDS: dict[str, dict[str, float]] = {
+    "joytag": {"default": 0.4},
+    "wd": {"general": 0.35, "character": 0.85, "rating": 0.0},
+}
+"""Least probability by tagger and category; sources in spec/prep.md, section 3."""
+
+_ROWS_AT_A_TIME = 10_000
 
 
-@lru_cache(maxsize=200_000)
-def normalise_tag(name: str) -> str:
-    r"""The canonical spelling of a tag: NFC, lower case, trimmed, spaces as `_`, `\(` as `(`.
+class TagsConfig(Section):
+    """How raw tags become final ones: the table `[tags]` of a recipe."""
 
-    The face `\(^o^)/` keeps its arm: what opens a name is an escape only where `\)` follows.
-    An empty result means "no tag".
-    """
-    if "\\" in name and (not name.lstrip().startswith(r"\(") or r"\)" in name):
-        name = _ESCAPED.sub(r"\1", name)
-    # Lower case can take a letter apart (İ), so it comes before NFC.
-    return "_".join(unicodedata.normalize("NFC", name.lower()).split())
-
-
-def is_emoticon(name: str) -> bool:
-    """Whether a name with `_` is a face, such as `^_^`, `(o)_(o)` or `||_||`.
-
-    A face has two sides, each with a symbol in it and at most one letter or digit.
-    """
-    sides = name.split("_")
-    letters = [sum(char.isalnum() for char in side) for side in sides]
-    return len(sides) == 2 and all(
-        count <= 1 and len(side) > count for side, count in zip(sides, letters, strict=True)
+    aliases: str | None = Field(None, description="File of other names of tags.")
+    implications: str | None = Field(None, description="File of what tags entail.")
+    implication_mode: ImplicationMode = Field(
+        "add", description="Add what is entailed, keep only the most special tags, or leave it."
     )
+    blacklist: str | None = Field(None, description="Text file of tags to drop, one a line.")
+    drop: tuple[str, ...] = Field((), description="Tags to drop, besides those of the blacklist.")
+    deprecated: str | None = Field(None, description="Text file of retired tags, one a line.")
+    keep_canonical: bool = Field(
+        True, description="Never rename a name that is a tag of its own in the list of aliases."
+    )
+    thresholds: dict[str, dict[str, Probability]] = Field(
+        {}, description="Least probability by tagger, then by category or `default` (0 to 1)."
+    )
+    box_tags: dict[str, str] = Field(
+        {"a watermark": "watermark", "watermark": "watermark"},
+        description="Tag that a detected box of this label stands for.",
+    )
+    box_min_score: Probability = Field(0.1, description="A box counts above this score (0 to 1).")
+
+    @field_validator("thresholds")
+    @classmethod
+    def _known_categories(cls, value: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        for tagger, limits in value.items():
+            for category in limits:
+                if category not in (*TAG_CATEGORIES, "default"):
+                    known = ", ".join((*TAG_CATEGORIES, "default"))
+                    raise ValueError(f"{tagger}.{category} is no category; there are: {known}")
+        return value
+
+    def rules(self) -> TagRules:
+        """Read and lint the lists; says aloud what of them is not used.
+
+        Raises:
+            DataError: a list cannot be read.
+        """
+        from sdprep.tag_lint import lint
+        from sdprep.tag_lists import read_names, read_tag_list
+
+        aliases, categories, entailed = {}, {}, {}
+        if self.aliases:
+            report = lint(
+                read_tag_list(self.aliases, "aliases"), keep_canonical=self.keep_canonical
+            )
+            say(report.summary())
+            aliases, categories = report.aliases(), report.source.categories
+        if self.implications:
+            report = lint(read_tag_list(self.implications, "implications"))
+            say(report.summary())
+            entailed = report.implications()
+        return make_rules(
+            aliases,
+            entailed,
+            mode=self.implication_mode,
+            blacklist=(*self.drop, *(read_names(self.blacklist) if self.blacklist else ())),
+            deprecated=read_names(self.deprecated) if self.deprecated else (),
+            categories=categories,
+        )
+
+    def thresholds_of(self, tagger: str) -> dict[str, float]:
+        """Least probability by category for a tagger column `tags_<tagger>`.
+
+        `wd_eva` takes those of `wd`; a tagger without any keeps all that it stored.
+        """
+        family = max(
+            (name for name in THRESHOLDS if tagger == name or tagger.startswith(f"{name}_")),
+            key=len,
+            default="",
+        )
+        return {**THRESHOLDS.get(family, {}), **self.thresholds.get(tagger, {})}
 
 
-@lru_cache(maxsize=200_000)
-def spaced_tag(name: str) -> str:
-    """A tag as prose: `_` to space, but for emoticons and names of up to 3 characters."""
-    if len(name) <= 3 or is_emoticon(name):
-        return name
-    return " ".join(name.replace("_", " ").split()) or name
+def compose_tags(table: PhotoTable, config: TagsConfig) -> dict[str, int]:
+    """Write the columns `tags`, `caption` and `captions` of every image, in one commit.
 
+    Reads all columns `tags_*` (source: what follows `tags_`), boxes that stand for a tag, the
+    sidecar's caption, the captions of `caption_*`, and the journal.
 
-def cycle_members(links: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """Names that lie on a cycle of a graph, each with the number of its cycle.
-
-    Args:
-        links: name → names it points to; a link to itself is a cycle too.
-    Source: Tarjan 1972, strongly connected components, without recursion.
+    Returns:
+        `added` (tags in all composed lists), `aliased`, `implied`, `blacklisted`, and the further
+        counts of `compose_row`, plus `below_threshold` and `images`.
     """
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    on_stack: dict[str, bool] = {}
-    found: dict[str, int] = {}
-    num_cycles = 0
-    for root in sorted(links):
-        if root in index:
-            continue
-        work = [(root, iter(sorted(links[root])))]
-        index[root] = low[root] = len(index)
-        stack.append(root)
-        on_stack[root] = True
-        while work:
-            node, targets = work[-1]
-            for target in targets:
-                if target not in index:
-                    index[target] = low[target] = len(index)
-                    stack.append(target)
-                    on_stack[target] = True
-                    work.append((target, iter(sorted(links.get(target, ())))))
-                    break
-                if on_stack[target]:
-                    low[node] = min(low[node], index[target])
-            else:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
-                if low[node] == index[node]:
-                    at = stack.index(node)
-                    members, stack = stack[at:], stack[:at]
-                    on_stack.update(dict.fromkeys(members, False))
-                    if len(members) > 1 or node in links.get(node, ()):
-                        found.update(dict.fromkeys(members, num_cycles))
-                        num_cycles += 1
+    rules = config.rules()
+    edits = read_edits(table.journal().fold())
+    readers = _readers(table)
+    _warn_unused(config, readers)
+    with table.writer():
+        rows = table.read(["id", *dict.fromkeys(readers.values())], "reject_ingest IS NULL")
+        counts: Counter[str] = Counter(images=rows.num_rows)
+        parts: list[tuple[pa.Array, pa.Array, pa.Array]] = []
+        for batch in rows.to_batches(max_chunksize=_ROWS_AT_A_TIME):
+            parts.append(_compose_batch(batch, readers, rules, config, edits, counts))
+        values = {}
+        for place, name in enumerate(("tags", "caption", "captions")):
+            arrays = [part[place] for part in parts]
+            values[name] = (
+                pa.chunked_array(arrays, type=FOLDS[name]).combine_chunks()
+                if arrays
+                else pa.array([], FOLDS[name])
+            )
+        notes = {"tags_config": json.dumps(config.model_dump(mode="json"), sort_keys=True)}
+        table.write_fold(rows["id"].to_pylist(), values, stage="tags", notes=notes)
+    order = ("added", "aliased", "implied", "blacklisted")
+    extra = ("deprecated", "ancestors", "human", "below_threshold", "images")
+    return {name: counts[name] for name in order + extra}
+
+
+def _readers(table: PhotoTable) -> dict[str, str]:
+    """Columns of raw material: the name of each, and the dotted path of the part we read."""
+    found = {"text": "text.caption"}
+    wanted = {"tags_": ("tags",), "boxes_": ("boxes",), "caption_": ("caption", "text")}
+    for column in sorted(table.schema, key=lambda column: column.name):
+        for prefix, parts in wanted.items():
+            if column.name.startswith(prefix) and pa.types.is_struct(column.type):
+                fields = [column.type.field(at).name for at in range(column.type.num_fields)]
+                part = next((part for part in parts if part in fields), None)
+                if part:
+                    found[column.name] = f"{column.name}.{part}"
     return found
 
 
-def without_cycles(links: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
-    """The links of a graph that lie on no cycle, targets sorted."""
-    cycle = cycle_members(links)
-    kept = {}
-    for name in sorted(links):
-        on = cycle.get(name)
-        targets = {to for to in links[name] if to != name and (on is None or cycle.get(to) != on)}
-        if targets:
-            kept[name] = tuple(sorted(targets))
-    return kept
+def _warn_unused(config: TagsConfig, readers: Mapping[str, str]) -> None:
+    """Thresholds of a tagger that never ran do nothing: say so."""
+    taggers = [name.removeprefix("tags_") for name in readers if name.startswith("tags_")]
+    for tagger in config.thresholds:
+        if tagger not in taggers:
+            there = ", ".join(taggers) or "none"
+            warn(f"tags.thresholds.{tagger}: no such tagger has run; there are: {there}")
 
 
-def resolve_chains(aliases: Mapping[str, str]) -> dict[str, str]:
-    """Each alias with the last name of its chain; `aliases` must be free of cycles."""
-    resolved = {}
-    for alias, target in aliases.items():
-        while target in aliases:
-            target = aliases[target]
-        resolved[alias] = target
-    return resolved
-
-
-@dataclass(frozen=True)
-class TagRules:
-    """What is done to every tag; built by `make_rules`, applied by the composition.
-
-    Attributes:
-        aliases: other name → final canonical name; no chains.
-        implications: canonical name → everything it entails, directly or not; no cycles.
-        mode: `add` what is entailed, `drop_ancestors` (keep only the most special), or `off`.
-        blacklist: canonical names that never become tags.
-        deprecated: canonical names that are retired; dropped like the blacklist, counted apart.
-        categories: category of a canonical name, for tags that a rule brings in.
-    """
-
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    implications: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    mode: ImplicationMode = "add"
-    blacklist: frozenset[str] = frozenset()
-    deprecated: frozenset[str] = frozenset()
-    categories: Mapping[str, str] = field(default_factory=dict)
-
-    def canonical(self, name: str) -> str:
-        """Normalise and alias one name; an empty result means "no tag"."""
-        plain = normalise_tag(name)
-        return self.aliases.get(plain, plain)
-
-
-def make_rules(
-    aliases: Mapping[str, str] | None = None,
-    implications: Mapping[str, Collection[str]] | None = None,
-    *,
-    mode: ImplicationMode = "add",
-    blacklist: Iterable[str] = (),
-    deprecated: Iterable[str] = (),
-    categories: Mapping[str, str] | None = None,
-) -> TagRules:
-    """Rules over canonical names, with chains followed and implications closed.
-
-    Implications and lists are themselves read through the aliases, so that applying the rules
-    twice changes nothing. Cycles are left out: the linter reports them.
-    """
-    plain = {normalise_tag(old): (normalise_tag(new),) for old, new in (aliases or {}).items()}
-    names = resolve_chains({old: new[0] for old, new in without_cycles(plain).items()})
-
-    def final(name: str) -> str:
-        name = normalise_tag(name)
-        return names.get(name, name)
-
-    graph: dict[str, set[str]] = {}
-    for name, entailed in (implications or {}).items():
-        graph.setdefault(final(name), set()).update(final(other) for other in entailed)
-    return TagRules(
-        aliases=names,
-        implications=_closure(without_cycles(graph)),
-        mode=mode,
-        blacklist=frozenset(final(name) for name in blacklist),
-        deprecated=frozenset(final(name) for name in deprecated),
-        categories=dict(categories or {}),
+def _compose_batch(
+    batch: pa.RecordBatch,
+    readers: Mapping[str, str],
+    rules: TagRules,
+    config: TagsConfig,
+    edits: Mapping[str, TagEdits],
+    counts: Counter[str],
+) -> tuple[pa.Array, pa.Array, pa.Array]:
+    limits = {
+        name: config.thresholds_of(name.removeprefix("tags_"))
+        for name in readers
+        if name.startswith("tags_")
+    }
+    columns = {name: batch.column(path).to_pylist() for name, path in readers.items()}
+    all_tags, all_captions, main = [], [], []
+    for row, id_ in enumerate(batch.column("id").to_pylist()):
+        raw: list[RawTag] = []
+        captions: list[dict[str, str]] = []
+        for name, values in columns.items():
+            value = values[row]
+            if not value:
+                continue
+            if name in limits:
+                raw += _above(value, name.removeprefix("tags_"), limits[name], counts)
+            elif name.startswith("boxes_"):
+                raw += _of_boxes(value, name.removeprefix("boxes_"), config)
+            else:
+                source = "sidecar" if name == "text" else name.removeprefix("caption_")
+                captions.append({"text": value.strip(), "source": source})
+        edit = edits.get(id_)
+        tags, found = compose_row(raw, rules, edit)
+        counts.update(found)
+        counts["added"] += len(tags)
+        captions = _with_human([each for each in captions if each["text"]], edit)
+        all_tags.append([tag._asdict() for tag in tags])
+        all_captions.append(captions)
+        main.append(captions[0]["text"] if captions else None)
+    return (
+        pa.array(all_tags, FOLDS["tags"]),
+        pa.array(main, FOLDS["caption"]),
+        pa.array(all_captions, FOLDS["captions"]),
     )
 
 
-def _closure(links: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Everything reachable from each name, sorted; a deep chain must not exhaust the stack."""
-    reachable = {}
-    for name in links:
-        seen: set[str] = set()
-        todo = list(links[name])
-        while todo:
-            target = todo.pop()
-            if target not in seen:
-                seen.add(target)
-                todo.extend(links.get(target, ()))
-        reachable[name] = tuple(sorted(seen))
-    return reachable
+def _above(
+    tags: Sequence[Mapping[str, Any]],
+    source: str,
+    limits: Mapping[str, float],
+    counts: Counter[str],
+) -> Iterable[RawTag]:
+    """Tags of one tagger at or above their threshold; of ratings only the most probable."""
+    kept: list[RawTag] = []
+    ratings: list[RawTag] = []
+    for tag in tags:
+        category, p = tag["category"], tag["p"]
+        least = limits.get(category or "general", limits.get("default", 0.0))
+        if p is not None and not p >= least:  # a NaN is below every threshold
+            counts["below_threshold"] += 1
+            continue
+        certain = p is None or source in ("sidecar", "attributes")
+        found = RawTag(tag["name"], category, None if certain else p, source)
+        (ratings if category == "rating" else kept).append(found)
+    kept.sort(key=lambda tag: 0.0 if tag.score is None else -tag.score)  # stable: file order
+    best = sorted(ratings, key=lambda tag: (-(tag.score or 0.0), tag.name))[:1]
+    return [*kept, *best]
+
+
+def _of_boxes(
+    boxes: Sequence[Mapping[str, Any]], source: str, config: TagsConfig
+) -> Iterable[RawTag]:
+    for box in boxes:
+        tag = config.box_tags.get(box["label"])
+        if tag is not None and box["score"] > config.box_min_score:
+            yield RawTag(tag, None, box["score"], source)
+
+
+def _with_human(captions: list[dict[str, str]], edit: TagEdits | None) -> list[dict[str, str]]:
+    """A caption that a person wrote stands in place of all others."""
+    if edit is None or not edit.has_caption:
+        return captions
+    return [{"text": edit.caption, "source": "human"}] if edit.caption else []
