@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,11 +28,11 @@ class ItemText:
 
     def row(self, source: str) -> dict[str, Any] | None:
         """The value of the `text` column, or None when there is nothing at all."""
-        fields = asdict(self)
+        fields: dict[str, Any] = dict(vars(self))
         fields["tags"] = [{"name": n, "category": c} for n, c in self.tags] or None
         if all(value is None for value in fields.values()):
             return None
-        return {**fields, "stamp": f"{digest(*asdict(self).items())}@{source}"}
+        return {**fields, "stamp": f"{digest(*vars(self).items())}@{source}"}
 
 
 @dataclass(frozen=True)

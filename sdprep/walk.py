@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from sdprep.formats import FORMAT_OF_EXTENSION, sniff
 from sdprep.source_item import Finding
@@ -116,7 +117,7 @@ class _Walker:
     def _list_file(self, entry: os.DirEntry[str], key: str) -> None:
         status = entry.stat()
         file = File(key, Path(entry.path), status.st_size, status.st_mtime_ns)
-        extension = PurePosixPath(key).suffix[1:].lower()
+        extension = posixpath.splitext(key)[1][1:].lower()
         if extension in FORMAT_OF_EXTENSION or (not extension and _looks_like_image(file)):
             self.listing.images.append(file)
         elif extension in self.sidecars:
@@ -132,8 +133,7 @@ class _Walker:
 
 def stem_of(key: str) -> str:
     """A key without the extension of its last part."""
-    folder, slash, name = key.rpartition("/")
-    return folder + slash + PurePosixPath(name).stem
+    return posixpath.splitext(key)[0]
 
 
 def _looks_like_image(file: File) -> bool:
