@@ -256,7 +256,7 @@ def closest_pairs(first: np.ndarray, second: np.ndarray, k: int = 20) -> list[Ed
     """
     sides = []
     for side in (first, second):
-        views = side.reshape(len(side), -1, 16)
+        views = side[:, None] if side.ndim == 2 else side
         image, view = np.nonzero(np.broadcast_to(views[:, :1, 15] & 1 == 0, views.shape[:2]))
         sides.append(_Rows(_words(views[image, view]), image, view))
     best = np.empty(0, np.uint64)
