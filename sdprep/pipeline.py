@@ -1,170 +1,25 @@
-"""The stages, one function each: what a command runs alone, and `sdprep run` in order.
-
-Every stage does only what is missing, so a run that was killed goes on where it was.
-"""
+"""A whole recipe: its stages in order, each doing only what is missing."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdprep import plugins
-from sdprep.annotate import Annotator, annotate
-from sdprep.console import command_line, say
+from sdprep.console import say
 from sdprep.errors import RecipeError, UserError, nearest
-from sdprep.history import stage
-from sdprep.prep_recipe import COLUMN_PREFIX, PrepRecipe, column_name
-from sdprep.recipe import AnnotatorConfig, options
+from sdprep.prep_recipe import PrepRecipe
+from sdprep.stages import (
+    Report,
+    annotate_stage,
+    compose_stage,
+    duplicates_stage,
+    ingest_stage,
+    publish_stage,
+    select_stage,
+    split_stage,
+)
 from sdprep.table import PhotoTable
-
-Report = dict[str, Any]
-
-
-# --- one stage each -------------------------------------------------------------------------------
-
-
-def ingest_stage(table: PhotoTable, source: Any, **how: Any) -> Report:
-    """Add the images of one source, and the text beside them."""
-    from sdprep.ingest import ingest
-
-    with stage(table, "ingest", command_line()):
-        return ingest(table, source, **how).to_json()
-
-
-def source_from(place: str, type_: str, settings: list[str]) -> Any:
-    """The source that a path stands for.
-
-    Raises:
-        UserError: no such kind, option or folder.
-    """
-    name = "folder" if type_ == "auto" else type_
-    return options(plugins.config_for("source", name), settings, type=name, path=place).build()
-
-
-def preview_source(source: Any) -> Report:
-    """What a source holds, without reading a picture."""
-    items = sum(1 for _ in source.iter_samples())
-    totals = source.totals()
-    levels = [finding.level for finding in source.findings]
-    return {
-        "found": items,
-        "num_bytes": totals[1] if totals else None,
-        "ignored": levels.count("ignored") + levels.count("skipped"),
-        "findings": [asdict(finding) for finding in source.findings],
-    }
-
-
-def annotate_stage(
-    table: PhotoTable, jobs: Iterable[tuple[str, str, Any]], **how: Any
-) -> list[Report]:
-    """Run some annotators, (kind, column, config) each, over one shared decode."""
-    jobs = list(jobs)
-    annotators: dict[str, Annotator] = {column: config.build() for _, column, config in jobs}
-    if not annotators:
-        return []
-    kinds = "+".join(dict.fromkeys(COLUMN_PREFIX[kind] for kind, _, _ in jobs))
-    with stage(table, kinds, command_line()):
-        reports = annotate(table, annotators, **how)
-    return [asdict(report) for report in reports]
-
-
-def compose_stage(table: PhotoTable, config: Any) -> Report:
-    """Compose the final tags and captions of every image."""
-    from sdprep.tags import TagsConfig, compose_tags
-
-    with stage(table, "tags", command_line()):
-        return compose_tags(table, config or TagsConfig())
-
-
-def duplicates_stage(table: PhotoTable, config: Any) -> Report:
-    """Find exact and near duplicates, and name the groups."""
-    from sdprep.duplicates import find_duplicates
-
-    with stage(table, "dedup", command_line()):
-        return find_duplicates(table, config).to_json()
-
-
-def select_stage(table: PhotoTable, config: Any, *, reset: bool = False) -> Report:
-    """Reject what does not match a predicate."""
-    from sdprep.select import select_table
-
-    with stage(table, "select", command_line()):
-        where = config.where if config else None
-        reason = config.reason if config else None
-        return asdict(select_table(table, where, reason, reset=reset))
-
-
-def split_stage(table: PhotoTable, config: Any, *, redo: bool = False) -> Report:
-    """Assign train and validation by group."""
-    from sdprep.split import split_table
-
-    with stage(table, "split", command_line()):
-        return split_table(table, config, redo=redo).to_json()
-
-
-def publish_stage(table: PhotoTable, config: Any, policy: Any, recipe_text: str = "") -> Report:
-    """Write the prepared data set."""
-    from sdprep.publish import publish
-
-    return publish(table, config=config, policy=policy, recipe_text=recipe_text).to_json()
-
-
-# --- options from the command line ---------------------------------------------------------------
-
-
-def configs_from_options(
-    kind: str, names: list[str], settings: list[str], as_name: str | None
-) -> list[tuple[str, str, AnnotatorConfig]]:
-    """(kind, column, config) for `--with NAME …` and `--set key=value …`.
-
-    With several names a setting says whose it is: `--set technical.key=value`.
-
-    Raises:
-        UserError: an unknown plugin, key or value; `--as` with several plugins.
-    """
-    if as_name and len(names) > 1:
-        raise UserError("--as names one column, and several plugins were given")
-    jobs = []
-    for name in names:
-        own = [setting for setting in settings if _is_for(setting, name, names)]
-        given = {"type": name} | ({"as": as_name} if as_name else {})
-        own = [setting.removeprefix(f"{name}.") for setting in own]
-        config = options(plugins.config_for(kind, name), own, **given)
-        jobs.append((kind, column_name(kind, config), config))  # type: ignore[arg-type]
-    return jobs  # type: ignore[return-value]
-
-
-def _is_for(setting: str, name: str, names: list[str]) -> bool:
-    first = setting.split("=")[0].split(".")[0]
-    if first in names:
-        return first == name
-    if len(names) > 1:
-        raise UserError(
-            f"--set {setting}: several plugins were given",
-            f"Say whose option it is, such as --set {name}.{setting}",
-        )
-    return True
-
-
-def tags_config(
-    table: PhotoTable, aliases: Path | None, implications: Path | None, blacklist: Path | None
-) -> Any:
-    """What composes the tags: the lists given, else those of the last time."""
-    from sdprep.recipe import validate
-    from sdprep.tags import TagsConfig
-    from sdprep.tag_lists import read_names
-
-    given: Report = json.loads(table.notes("tags").get("tags_config", "{}"))
-    given |= {"aliases": str(aliases)} if aliases else {}
-    given |= {"implications": str(implications)} if implications else {}
-    given |= {"blacklist": list(read_names(blacklist))} if blacklist else {}
-    return validate(given, TagsConfig, "the command line")
-
-
-# --- a whole recipe -------------------------------------------------------------------------------
 
 STAGES = ("ingest", "annotate", "tags", "dedup", "select", "split", "publish")
 

@@ -11,12 +11,10 @@ from sdprep import plugins
 from sdprep.duplicates import DuplicatesConfig
 from sdprep.prompts import PromptPolicy
 from sdprep.publish import PublishConfig
-from sdprep.recipe import AnnotatorConfig, Section
+from sdprep.recipe import Section, column_name
 from sdprep.select import SelectConfig
 from sdprep.split import SplitConfig
 from sdprep.tags import TagsConfig
-
-COLUMN_PREFIX = {"scorer": "score", "tagger": "tags", "detector": "boxes", "captioner": "caption"}
 
 
 class PrepRecipe(Section):
@@ -79,8 +77,3 @@ class PrepRecipe(Section):
             for kind, configs in groups.items()
             for config in configs
         ]
-
-
-def column_name(kind: str, config: AnnotatorConfig) -> str:
-    """The struct column that an annotator fills, such as `score_technical`."""
-    return f"{COLUMN_PREFIX[kind]}_{config.as_name or config.type}"  # type: ignore[attr-defined]

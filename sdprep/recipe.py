@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdprep.errors import RecipeError, nearest
+from sdprep.schema import COLUMN_PREFIX
 
 
 class Section(BaseModel):
@@ -29,6 +30,11 @@ class AnnotatorConfig(Section):
         pattern=r"^[a-z0-9][a-z0-9_]*$",
         description="Name of the column, when it is not the plugin's own; keeps two runs apart.",
     )
+
+
+def column_name(kind: str, config: AnnotatorConfig) -> str:
+    """The struct column that an annotator of a kind fills, such as `score_technical`."""
+    return f"{COLUMN_PREFIX[kind]}_{config.as_name or config.type}"  # type: ignore[attr-defined]
 
 
 Recipe = TypeVar("Recipe", bound=Section)

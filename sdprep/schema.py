@@ -64,6 +64,9 @@ CORE = pa.schema(
     },
 )
 
+COLUMN_PREFIX = {"scorer": "score", "tagger": "tags", "detector": "boxes", "captioner": "caption"}
+"""What the struct columns of each kind of annotator are called: `<prefix>_<name>`."""
+
 REJECT_STAGES = ("ingest", "select", "score", "duplicates", "split", "human")
 """Stages that own a nullable reason column `reject_<stage>`; a row is out if any is set."""
 

@@ -49,7 +49,7 @@ def _job(
 
 
 def _run(kind: str, job: _Job) -> tuple[Any, list[dict[str, Any]]]:
-    from sdprep.pipeline import annotate_stage, configs_from_options
+    from sdprep.stages import annotate_stage, configs_from_options
     from sdprep.table import PhotoTable
 
     configs = configs_from_options(kind, job.names, job.settings, job.as_name)
@@ -113,7 +113,7 @@ def tag(
     json_: Json = False,
 ) -> None:
     """Run taggers, then compose the final tags of every image."""
-    from sdprep.pipeline import compose_stage, tags_config
+    from sdprep.stages import compose_stage, tags_config
 
     how = {"redo": redo, "retry_failed": retry_failed, "batch_size": batch_size, "where": where}
     shorthands = {"model": model, "device": device}

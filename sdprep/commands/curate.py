@@ -25,8 +25,8 @@ def dedup(
     """Find exact and near duplicates; keep the best of each group."""
     from sdprep.commands.text import dedup_text
     from sdprep.duplicates import DuplicatesConfig
-    from sdprep.pipeline import duplicates_stage
     from sdprep.recipe import validate
+    from sdprep.stages import duplicates_stage
     from sdprep.table import PhotoTable
 
     given = {"near": near, "keep": keep, "accept_large_groups": accept_large_groups}
@@ -44,8 +44,8 @@ def select(
 ) -> None:
     """Reject the images that do not match; they stay in the table, with the reason."""
     from sdprep.errors import UserError
-    from sdprep.pipeline import select_stage
     from sdprep.select import SelectConfig
+    from sdprep.stages import select_stage
     from sdprep.table import PhotoTable
 
     if where is None and not reset:
@@ -76,9 +76,9 @@ def split(
 ) -> None:
     """Assign train and validation by group, so that no near duplicate is on both sides."""
     from sdprep.commands.text import split_text, verify_text
-    from sdprep.pipeline import split_stage
     from sdprep.recipe import validate
     from sdprep.split import SplitConfig
+    from sdprep.stages import split_stage
     from sdprep.table import PhotoTable
 
     if verify:

@@ -25,7 +25,7 @@ def ingest(
 ) -> None:
     """Add images, and whatever text lies beside them."""
     from sdprep.commands.text import ingest_text
-    from sdprep.pipeline import ingest_stage, preview_source, source_from
+    from sdprep.stages import ingest_stage, preview_source, source_from
     from sdprep.table import PhotoTable
 
     found = source_from(source, type_, settings or [])

@@ -44,9 +44,9 @@ def publish(
     """Write the prepared data set: a folder that load_dataset opens."""
     from sdprep.commands.prompt_text import read_policy
     from sdprep.commands.text import publish_text
-    from sdprep.pipeline import publish_stage
     from sdprep.publish import PublishConfig
     from sdprep.recipe import options
+    from sdprep.stages import publish_stage
     from sdprep.table import PhotoTable
 
     config = options(PublishConfig, settings or [], to=str(to), format=format_)
