@@ -218,8 +218,8 @@ def _doing(line: str) -> str:
     words = line.split()
     if not words:
         return ""
-    if words[0] in ("Collecting", "Downloading", "Building", "Preparing", "Obtaining"):
-        return re.sub(r"https?://\S*/", "", " ".join(words))
+    if words[0] in ("Collecting", "Downloading", "Processing", "Building", "Preparing"):
+        return re.sub(r"\S*/", "", " ".join(words))  # the file, without where it comes from
     if words[:3] == ["Installing", "collected", "packages:"]:
         return f"unpacking {len(words) - 3} packages"
     return ""
@@ -252,9 +252,10 @@ def cuda_advice() -> str:
         how = f"Update the NVIDIA driver first: it offers CUDA {found}, and 12.6 is needed."
     else:
         python = f'"{venv_python()}"' if " " in str(venv_python()) else str(venv_python())
+        build = "cu{}{}".format(*tags[0])
         how = (
-            f"{python} -m pip install --force-reinstall --no-deps torch=={version} "
-            f"--index-url https://download.pytorch.org/whl/cu{tags[0][0]}{tags[0][1]}\n"
+            f"{python} -m pip install torch=={version}+{build} "
+            f"--index-url https://download.pytorch.org/whl/{build}\n"
             "  (if that build is missing, pytorch.org/get-started/locally lists the others)"
         )
     return f"note: {gpu} is here, but torch {version} is the CPU build. To use it:\n  {how}"

@@ -62,7 +62,8 @@ def run(command: Sequence[str]) -> tuple[int, str]:
     assert process.stdout is not None
     tail = b""
     try:
-        while block := os.read(process.stdout.fileno(), 65536):  # dots show as they come
+        source = process.stdout.fileno()
+        for block in iter(lambda: os.read(source, 65536), b""):  # dots show as they come
             sys.stdout.buffer.write(block)
             sys.stdout.buffer.flush()
             tail = (tail + block)[-65536:]
