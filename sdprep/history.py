@@ -41,18 +41,23 @@ class Stage:
 def stage(table: PhotoTable, name: str, command: str) -> Iterator[None]:
     """Run one stage: hold the writer lock, and at its end make it durable and tag its version.
 
-    A stage that changes nothing leaves no trace. One that fails leaves what it committed, untagged;
-    the next stage's tag covers it.
+    A stage that changes nothing leaves no trace; one that fails is recorded as stopped, with what
+    it had committed.
     """
     with table.writer():
         table.refresh()
         table.touched.clear()
         started = time.time()
-        yield
-        if table.touched:
-            _flush(table.path, since=started)
-            _tag(table, name, command)
-            clean_up(table)
+        try:
+            yield
+        except BaseException:
+            name = f"{name} (stopped)"
+            raise
+        finally:
+            if table.touched:
+                _flush(table.path, since=started)
+                _tag(table, name, command)
+                clean_up(table)
 
 
 def _tag(table: PhotoTable, name: str, command: str, undoes: str = "") -> None:

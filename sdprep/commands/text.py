@@ -169,9 +169,16 @@ def row_text(row: Report) -> str:
     for name, value in row.items():
         if value is None or value == []:
             continue
-        if isinstance(value, bytes):
-            value = value.hex()
         if not isinstance(value, str | int | float):
-            value = json.dumps(value, ensure_ascii=False, default=str)
+            value = json.dumps(_known(value), ensure_ascii=False, default=str)
         lines.append(f"{name:<18} {value}")
     return "\n".join(lines)
+
+
+def _known(value: Any) -> Any:
+    """A value without what is missing in it; bytes as hex, cut short."""
+    if isinstance(value, bytes):
+        return value.hex() if len(value) <= 16 else f"{len(value)} bytes"
+    if isinstance(value, dict):
+        return {key: _known(inner) for key, inner in value.items() if inner is not None}
+    return [_known(inner) for inner in value] if isinstance(value, list) else value

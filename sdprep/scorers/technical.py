@@ -61,6 +61,7 @@ class TechnicalScorer:
     pixels = PixelNeeds(data=True)
     fingerprint = '{"name": "technical", "version": 1}'
     batch_size = 16
+    is_thread_safe = True
 
     def annotate(self, batch: Sequence[Sample]) -> pa.RecordBatch:
         """Measure each sample by itself."""

@@ -39,6 +39,7 @@ class AttributesTagger:
     pixels = PixelNeeds(alpha=True)
     fingerprint = '{"name": "attributes", "version": 1}'
     batch_size = 16
+    is_thread_safe = True
 
     def annotate(self, batch: Sequence[Sample]) -> pa.RecordBatch:
         """Tag each sample by itself."""
