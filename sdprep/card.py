@@ -234,7 +234,11 @@ def _making(manifest: Mapping[str, Any], recipe_text: str | None) -> str:
     parts = ["## How it was made"]
     if recipe_text:
         parts += ["Recipe (absolute paths shortened):", fenced(hide_paths(recipe_text), "toml")]
-    policy = hide_paths(json.dumps(manifest["policy"], ensure_ascii=False, indent=1))
+    aliases = manifest["policy"].get("aliases") or {}
+    shown = {**manifest["policy"], "aliases": f"of {len(aliases)} tags, in sdprep.json"}
+    policy = hide_paths(
+        json.dumps(shown if aliases else manifest["policy"], ensure_ascii=False, indent=1)
+    )
     parts += ["Prompt policy, from which trainers render each prompt anew:", fenced(policy, "json")]
     prints = manifest["fingerprints"]
     if prints:

@@ -12,7 +12,12 @@ import pyarrow.parquet as pq
 from sdprep.schema import PREPARED
 
 MEGABYTE = 1_000_000
-_IMAGE_BYTES = "image.bytes"
+FOOTER_BYTES = 700
+"""Room that a column of a row group takes in footer and page index, at most."""
+
+_IMAGE = "image.bytes"
+_REPETITIVE = {"tags", "captions", "boxes", "rating", "source", "license"}
+_SEARCHED = {"id", "width", "height", "score", "score_raw", "group_id", "rating", "stable_train"}
 
 
 class RowWriter(Protocol):
@@ -81,51 +86,56 @@ class ShardWriter(_Buffered):
     Args:
         folder: where the shards go; made with the first one.
         split: train or validation.
-        shard_megabytes: a shard holds no more, unless one group alone does.
+        shard_megabytes: a shard holds no more, unless one image alone does.
     """
 
     def __init__(self, folder: Path, split: str, shard_megabytes: int) -> None:
         super().__init__()
         self.folder, self.split = folder, split
-        self.limit = int(shard_megabytes * MEGABYTE * 0.99)  # the rest is for the footer
-        self.num_shards, self.shard_bytes = 0, 0
+        self.limit = shard_megabytes * MEGABYTE
+        self.group_bytes = min(self.group_bytes, self.limit // 8)
+        self.leaves = [column.path for column in _parquet_columns(self.schema)]
+        self.num_shards, self.num_groups = 0, 0
+        self.sink: pa.NativeFile | None = None
         self.writer: pq.ParquetWriter | None = None
 
     def write(self, group: pa.Table) -> None:
         """Append one row group, in a new shard if this one would grow too large."""
-        if self.writer is None or self.shard_bytes + group.nbytes > self.limit:
+        footer = (self.num_groups + 2) * len(self.leaves) * FOOTER_BYTES
+        if self.sink is None or self.sink.tell() + group.nbytes + footer > self.limit:
             self._next_shard()
         assert self.writer is not None
         self.writer.write_table(group, row_group_size=group.num_rows)
-        self.shard_bytes += group.nbytes
+        self.num_groups += 1
 
     def close(self) -> None:
         """Write the last group and the footer."""
         self.flush()
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        self._end_shard()
+
+    def _end_shard(self) -> None:
+        writer, sink, self.writer, self.sink = self.writer, self.sink, None, None
+        if writer is not None and sink is not None:
+            with sink:  # closed even if the disk is full: Windows deletes no open file
+                writer.close()
 
     def _next_shard(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self._end_shard()
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = [column.path for column in _parquet_columns(self.schema)]
+        name = f"{self.split}-{self.num_shards:05d}.parquet"
+        self.sink = pa.OSFile(str(self.folder / name), "wb")
         self.writer = pq.ParquetWriter(
-            self.folder / f"{self.split}-{self.num_shards:05d}.parquet",
+            self.sink,
             self.schema,
             version="2.6",
             data_page_version="1.0",
-            compression={name: "NONE" if name == _IMAGE_BYTES else "SNAPPY" for name in names},
-            use_dictionary=[name for name in names if name.split(".")[0] in _DICTIONARY],
-            write_statistics=[name for name in names if name != _IMAGE_BYTES],
+            compression={leaf: "NONE" if leaf == _IMAGE else "SNAPPY" for leaf in self.leaves},
+            use_dictionary=[leaf for leaf in self.leaves if leaf.split(".")[0] in _REPETITIVE],
+            write_statistics=[leaf for leaf in self.leaves if leaf in _SEARCHED],
             write_page_index=True,
             use_content_defined_chunking=True,
         )
-        self.num_shards, self.shard_bytes = self.num_shards + 1, 0
-
-
-_DICTIONARY = {"tags", "captions", "boxes", "rating", "source", "license"}
+        self.num_shards, self.num_groups = self.num_shards + 1, 0
 
 
 def _parquet_columns(schema: pa.Schema) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from sdprep.schema import MANIFEST, SCHEMA_VERSION, SPLITS, read_manifest
 from sdprep.table import PhotoTable
 
 if TYPE_CHECKING:
-    from sdprep.prompts import PromptPolicy
+    from sdprep.prompt_policy import PromptPolicy
 
 ANNOTATORS = ("score_", "tags_", "boxes_", "caption_", "embed_")
 SPARE_BYTES = 64_000_000
@@ -95,6 +95,7 @@ def publish(
     *,
     config: PublishConfig | None = None,
     policy: PromptPolicy | None = None,
+    spellings: Mapping[str, Iterable[str]] | None = None,
     recipe_text: str | None = None,
 ) -> PublishReport:
     """Write the prepared data set of a table into a folder.
@@ -107,13 +108,15 @@ def publish(
             takes it from the config.
         config: options; None takes the defaults.
         policy: prompt policy that travels with the data and renders the validation prompts.
+        spellings: other names of tags, from a linted alias list; those of tags that occur travel
+            in the policy. None keeps the aliases that the policy has.
         recipe_text: the recipe as the user wrote it, for the card.
 
     Raises:
         DataError: nothing to publish, images without split, disk too small, folder not ours.
         UserError: no folder is named, or the score named is not in the table.
     """
-    from sdprep.prompts import PromptPolicy
+    from sdprep.prompt_policy import PromptPolicy
 
     config, policy = config or PublishConfig(), policy or PromptPolicy()
     to = to or config.to
@@ -130,6 +133,8 @@ def publish(
         _write_rows(table, scratch, config, score, _prompts(policy), losses, facts)
         if not facts.num_rows:
             raise DataError(f"nothing of {table.path} can be published", _said(losses))
+        if spellings is not None:
+            policy = policy.with_aliases(spellings, facts.tags)
         manifest = _manifest(table, config, score, policy, losses, facts)
         manifest["certificate"] = _certificate(table, scratch, facts)
         title = config.title or to.name
@@ -267,7 +272,7 @@ def _manifest(
         "left_out": dict(sorted(losses.left_out.items())),
         "repacked_as_png": losses.num_repacked,
         "score": score,
-        "policy": json.loads(policy.model_dump_json(by_alias=True)),
+        "policy": json.loads(policy.model_dump_json()),
         "certificate": None,
         "fingerprints": {name: hide_paths(text) for name, text in prints.items() if text},
         "features": features(),
@@ -277,11 +282,11 @@ def _manifest(
 
 def _certificate(table: PhotoTable, folder: Path, facts: Facts) -> dict[str, Any] | None:
     """The split's certificate; counted anew where some of its images are not in the folder."""
-    from sdprep.certificate import NOTE, restated
-
-    text = table.notes("split").get(NOTE)
+    text = table.notes("split").get("certificate")
     certificate = json.loads(text) if text else None
     if certificate and certificate["counts"] != dict(facts.rows):
+        from sdprep.certificate import restated
+
         return restated(certificate, folder)
     return certificate
 
