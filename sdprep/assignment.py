@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sdprep.errors import DataError
 from sdprep.quotas import Wanted, largest_remainder
@@ -64,14 +64,16 @@ class _Group:
 
     least: str
     stratum: str
-    rows: list[int] = field(default_factory=list)
-    stored: Counter[str] = field(default_factory=Counter)
+    rows: list[int]
+    size: int = 0  # images that stay, once the joined ones are rejected
+    num_train: int = 0  # stored
+    num_validation: int = 0  # stored
     side: str | None = None
-    num_rejected: int = 0
 
     @property
-    def size(self) -> int:
-        return len(self.rows) - self.num_rejected
+    def is_stored(self) -> bool:
+        """Whether one of its images has a side."""
+        return self.num_train + self.num_validation > 0
 
 
 def assign(
@@ -103,7 +105,8 @@ def assign(
     """
     found = _gather(ids, groups, strata, stored, kept)
     _follow_stored(found, groups, stored, kept)
-    ranked = sorted(found.values(), key=lambda group: (_rank(group, seed), group.least))
+    ranked = sorted(found.values(), key=lambda group: group.least)
+    ranked.sort(key=lambda group: integer(seed, "split", group.least))
     _keep_something_to_train(ranked)
     reasons, conflicts = _reject_joined(ranked, ids, stored)
     open_groups = [group for group in ranked if group.side is None]
@@ -128,10 +131,6 @@ def assign(
     return Assignment(splits, reasons, num_images, size, tuple(conflicts), tuple(warnings))
 
 
-def _rank(group: _Group, seed: int) -> int:
-    return integer(seed, "split", group.least)
-
-
 def _gather(
     ids: Sequence[str],
     groups: Sequence[str],
@@ -145,12 +144,13 @@ def _gather(
             continue
         group = found.get(name)
         if group is None:
-            group = found[name] = _Group(ids[row], strata[row])
+            group = found[name] = _Group(ids[row], strata[row], [])
         elif ids[row] < group.least:
             group.least, group.stratum = ids[row], strata[row]
         group.rows.append(row)
-        if (side := stored[row]) is not None:
-            group.stored[side] += 1
+        group.size += 1
+        group.num_train += stored[row] == TRAIN
+        group.num_validation += stored[row] == VALIDATION
     return found
 
 
@@ -162,11 +162,11 @@ def _follow_stored(
 ) -> None:
     """Give a group the side its images have; of rejected ones only where the others have none."""
     for group in found.values():
-        if group.stored:
-            group.side = VALIDATION if group.stored[VALIDATION] else TRAIN
+        if group.is_stored:
+            group.side = VALIDATION if group.num_validation else TRAIN
     for row, name in enumerate(groups):
         group_or_none = None if kept[row] or stored[row] is None else found.get(name)
-        if group_or_none is not None and not group_or_none.stored:
+        if group_or_none is not None and not group_or_none.is_stored:
             is_first = group_or_none.side is None
             group_or_none.side = stored[row] if is_first else _stronger(group_or_none, stored[row])
 
@@ -179,11 +179,11 @@ def _keep_something_to_train(ranked: Sequence[_Group]) -> None:
     """If joined groups would all go to validation, turn one over: train is never emptied."""
     if any(group.side != VALIDATION for group in ranked):
         return
-    followers = [group for group in ranked if not group.stored]
-    mixed = [group for group in ranked if group.stored[TRAIN]]
+    followers = [group for group in ranked if not group.is_stored]
+    mixed = [group for group in ranked if group.num_train]
     candidates = followers or mixed
     if candidates:
-        max(candidates, key=lambda group: (group.stored[TRAIN], group.size)).side = TRAIN
+        max(candidates, key=lambda group: (group.num_train, group.size)).side = TRAIN
 
 
 def _reject_joined(
@@ -193,13 +193,13 @@ def _reject_joined(
     reasons: list[str | None] = [None] * len(ids)
     conflicts = []
     for group in ranked:
-        if len(group.stored) < 2:
+        if not group.num_train or not group.num_validation:
             continue
         reason = JOINED_VALIDATION if group.side == VALIDATION else JOINED_TRAIN
         for row in group.rows:
             if stored[row] not in (None, group.side):
                 reasons[row] = reason
-                group.num_rejected += 1
+                group.size -= 1
         conflicts.append(_conflict(group, ids, stored, reason))
     return reasons, conflicts
 

@@ -58,10 +58,8 @@ def strata_counts(rows: SplitRows) -> dict[str, dict[str, int]]:
 
 def _digest(ids: list[str], values: list[str]) -> str:
     """Of all (id, value), whatever their order."""
-    digest = blake2b(digest_size=16)
-    for id_, value in sorted(zip(ids, values, strict=True)):
-        digest.update(f"{id_}\t{value}\n".encode())
-    return digest.hexdigest()
+    lines = sorted(f"{id_}\t{value}\n" for id_, value in zip(ids, values, strict=True))
+    return blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

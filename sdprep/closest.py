@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdprep.assignment import TRAIN, VALIDATION
-from sdprep.near_edges import closest_pairs
+from sdprep.near_search import closest_pairs
 from sdprep.second_look import agrees, is_plain
 from sdprep.seeding import integer
 from sdprep.signatures import COLUMN, THUMBNAIL_PX
