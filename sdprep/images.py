@@ -158,7 +158,9 @@ def _reason(error: Exception, data: bytes, name: str) -> str:
         return "too_many_pixels"
     if isinstance(error, MemoryError):
         return "decode_error"
-    if isinstance(error, EOFError) or "truncated" in str(error).lower() or ends_early(data, name):
+    text = str(error).lower()
+    ran_out = "truncated" in text or "not enough image data" in text
+    if isinstance(error, EOFError) or ran_out or ends_early(data, name):
         return "truncated"
     return "decode_error"
 
@@ -180,11 +182,7 @@ _OPERATIONS = {
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     operation = _OPERATIONS.get(orientation)
-    if operation is None:
-        return image
-    turned = image.transpose(operation)
-    turned.info = image.info  # a transparent colour lives there
-    return turned
+    return image if operation is None else image.transpose(operation)
 
 
 def _orientation(image: Image.Image, stored: int | None) -> tuple[int, bool]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from sdprep.colour import _transform
 from sdprep.images import open_image
 from sdprep.seeding import rng_for
 
@@ -135,6 +136,7 @@ def test_alpha_is_turned_with_the_image():
 def test_an_srgb_profile_leaves_pixels_alone():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image = photo()
+    assert _transform(profile, "RGB") is None  # exactly, and without the cost
     opened = open_image(saved(image, icc_profile=profile))
     assert (np.asarray(opened.image) == np.asarray(image)).all()
     assert opened.info.warnings == ()

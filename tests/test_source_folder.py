@@ -118,9 +118,10 @@ def test_the_full_name_comes_before_the_stem(tmp_path):
     assert names(items["a.png"]) == ["own"]
     assert names(items["a.webp"]) == ["shared"]
     (tmp_path / "a.png.txt").unlink()
-    items, findings, _ = listed(tmp_path)
+    items, findings, source = listed(tmp_path)
     assert names(items["a.png"]) == names(items["a.webp"]) == ["shared"]
     assert findings == {"a.txt": "shared_sidecar"}
+    assert len(source.findings) == 1  # once, not once an image
 
 
 def test_corrupt_text(shared_data):
