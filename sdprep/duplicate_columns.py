@@ -16,7 +16,7 @@ from sdprep.console import progress
 from sdprep.duplicate_groups import Quality
 from sdprep.errors import UserError
 from sdprep.images import open_image
-from sdprep.near_edges import Views
+from sdprep.near_search import Views
 from sdprep.schema import REJECT_STAGES
 from sdprep.signatures import COLUMN, LUMA_PX, NUM_MIRRORED, NUM_UPRIGHT, THUMBNAIL_PX
 from sdprep.table import PhotoTable
@@ -99,15 +99,15 @@ def _quality(
 
 
 def read_views(table: PhotoTable, ids: Sequence[str]) -> tuple[Views, np.ndarray]:
-    """Signatures in the order of `ids`, and (n,) bool: which images have them.
+    """Signatures in the order of `ids`, without thumbnails, and (n,) bool: who has them.
 
     Images without are all zero, and unusable.
     """
-    rows = table.read(["id", COLUMN], "reject_ingest IS NULL").sort_by("id")
+    names = ("upright", "mirrored", "usable", "trim")
+    paths = [f"{COLUMN}.{name}" for name in names]
+    rows = table.read(["id", *paths], "reject_ingest IS NULL").sort_by("id")
     assert rows["id"].to_pylist() == list(ids)
-    columns = rows[COLUMN].combine_chunks().flatten()
-    names = [rows.schema.field(COLUMN).type.field(i).name for i in range(len(columns))]
-    fields = dict(zip(names, columns, strict=True))
+    fields = {name: rows[path].combine_chunks() for name, path in zip(names, paths, strict=True)}
     has_views = np.array(fields["upright"].is_valid(), bool)
 
     def array(name: str, dtype: str, *shape: int) -> np.ndarray:
@@ -123,10 +123,27 @@ def read_views(table: PhotoTable, ids: Sequence[str]) -> tuple[Views, np.ndarray
         array("mirrored", "u1", NUM_MIRRORED, 16),
         (bits[:, None] >> np.arange(NUM_UPRIGHT)) & 1 == 1,
         trim,
-        array("thumbnail", "u1", THUMBNAIL_PX, THUMBNAIL_PX),
+        np.empty((0, THUMBNAIL_PX, THUMBNAIL_PX), np.uint8),
         _embeddings(table),
     )
     return views, has_views
+
+
+def read_thumbnails(
+    table: PhotoTable, ids: Sequence[str], wanted: np.ndarray
+) -> dict[int, np.ndarray]:
+    """(64, 64) uint8 of some images, by row of `ids`; no others are held in memory."""
+    rows = {ids[row]: row for row in np.unique(wanted).tolist()}
+    found: dict[int, np.ndarray] = {}
+    if not rows:
+        return found
+    columns = {"id": "id", "thumbnail": f"{COLUMN}.thumbnail"}
+    for batch in table.dataset.scanner(columns=columns, batch_size=4096).to_batches():
+        for id_, data in zip(batch["id"].to_pylist(), batch["thumbnail"], strict=True):
+            if id_ in rows:
+                levels = np.frombuffer(data.as_py(), np.uint8)
+                found[rows[id_]] = levels.reshape(THUMBNAIL_PX, THUMBNAIL_PX)
+    return found
 
 
 def embedding_column(table: PhotoTable) -> str | None:

@@ -20,10 +20,16 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from sdprep import near_edges, second_look
+from sdprep import near_edges
 from sdprep.annotate import annotate
 from sdprep.console import warn
-from sdprep.duplicate_columns import Rows, embedding_column, pixel_hashes, read_rows, read_views
+from sdprep.duplicate_columns import (
+    Rows,
+    pixel_hashes,
+    read_rows,
+    read_thumbnails,
+    read_views,
+)
 from sdprep.duplicate_groups import (
     best_of_groups,
     group_edges,
@@ -33,14 +39,16 @@ from sdprep.duplicate_groups import (
     set_links,
     unite_tags,
 )
-from sdprep.errors import UserError
-from sdprep.near_edges import Edges, Views, find_edges
+from sdprep.duplicate_history import Before, settings
+from sdprep.near_edges import Edges, verify
+from sdprep.near_sampled import compare_sampled, recall
+from sdprep.near_search import Views, compare_all
 from sdprep.recipe import Section
 from sdprep.schema import FOLDS
-from sdprep.signatures import COLUMN, FLAT_SD, SIGNATURE_VERSION, SignatureViews
+from sdprep.signatures import COLUMN, SignatureViews
 from sdprep.table import PhotoTable
 
-MAX_EXHAUSTIVE = 50_000
+MAX_EXHAUSTIVE = 50_000  # images; two to five minutes of one core
 
 
 class DuplicatesConfig(Section):
@@ -74,7 +82,8 @@ class DuplicatesReport:
         flat: images too flat to have near duplicates.
         failed: images without a signature.
         largest_group: images in it.
-        edges: pixels, near_close (up to 16 bits), near_far (17 to 28), sets.
+        edges: pixels, near_close (up to 16 bits), near_far (17 to 28), sets; near_estimated: near
+            ones there are, as far as the recall of the search tells (a large set is sampled).
         second_look: near pairs whose thumbnails agreed, and pairs that were refused.
     """
 
@@ -86,7 +95,7 @@ class DuplicatesReport:
     flat: int
     failed: int
     largest_group: int
-    edges: dict[str, int] = field(default_factory=dict)
+    edges: dict[str, float] = field(default_factory=dict)
     second_look: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,8 +107,8 @@ def find_duplicates(table: PhotoTable, config: DuplicatesConfig | None = None) -
     """Find duplicates, write their columns, reject all but the best of each.
 
     Raises:
-        UserError: a group is suspiciously large, the set is too large to compare every pair, or
-            `score` names no column. Nothing but signatures is written then.
+        UserError: a group is suspiciously large, or `score` names no column of numbers. Nothing
+            but signatures is written then.
     """
     config = config or DuplicatesConfig()
     with table.writer():
@@ -125,13 +134,13 @@ class _Found:
     pixel_hashes: list[str | None]
     dup_ids: list[str]
     group_ids: list[str]
-    edges: dict[str, int]  # by kind; refused ones too
+    edges: dict[str, float]  # by kind; refused ones too
 
 
 def _find(table: PhotoTable, rows: Rows, config: DuplicatesConfig) -> _Found:
     views, has_views = read_views(table, rows.ids)
-    before = _Before.read(table, rows, has_views, config)
-    near = _near_edges(views, has_views, before, config)
+    before = Before.read(table, rows, has_views, near=config.near)
+    near = _near_edges(table, rows, views, ~before.is_known & has_views, config)
     signatures = [
         signature.tobytes() if has else None
         for signature, has in zip(views.upright[:, 0], has_views, strict=True)
@@ -144,6 +153,7 @@ def _find(table: PhotoTable, rows: Rows, config: DuplicatesConfig) -> _Found:
     counts = {
         "near_close": near.num_close + before.edges["near_close"],
         "near_far": near.num_far + before.edges["near_far"],
+        "near_estimated": round(near.num_estimated + before.edges["near_estimated"], 1),
         "refused": near.num_refused + before.edges["refused"],
         "pixels": len(pixels),
         "sets": len(sets),
@@ -174,7 +184,8 @@ def _write(
     }
     notes = {
         "images": len(rows.ids),
-        "settings": _settings(table, config),
+        "mode": "exhaustive" if len(rows.ids) <= MAX_EXHAUSTIVE else "sampled",
+        "settings": settings(table, near=config.near),
         "edges": found.edges,
     }
     table.write_fold(
@@ -198,78 +209,16 @@ def _sign(table: PhotoTable) -> None:
         warn(f"{report.failed} images have no signature; the first: {report.first_error}")
 
 
-def _settings(table: PhotoTable, config: DuplicatesConfig) -> dict[str, Any]:
-    """What groups depend on besides the images."""
-    return {
-        "signature_version": SIGNATURE_VERSION,
-        "near": config.near,
-        "stands_alone": near_edges.STANDS_ALONE,
-        "radius": near_edges.RADIUS,
-        "verified": near_edges.VERIFIED,
-        "flat_sd": FLAT_SD,
-        "embeddings": embedding_column(table),
-        "min_cosine": near_edges.MIN_COSINE,
-        "min_gradient_correlation": {
-            "close": second_look.MIN_G_CLOSE,
-            "far": second_look.MIN_G_FAR,
-            "plain": second_look.MIN_G_PLAIN,
-        },
-        "mode": "exhaustive",
-    }
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What an earlier run with the same settings left; nothing where there was none."""
-
-    is_known: np.ndarray  # (n,) bool; compared with all others already
-    group_id: list[str | None]
-    dup_id: list[str | None]
-    pixel_hash: list[str | None]
-    edges: dict[str, int]
-
-    @classmethod
-    def read(
-        cls, table: PhotoTable, rows: Rows, has_views: np.ndarray, config: DuplicatesConfig
-    ) -> _Before:
-        nothing: list[str | None] = [None] * len(rows.ids)
-        none_known = np.zeros(len(rows.ids), bool)
-        no_edges = {"near_close": 0, "near_far": 0, "refused": 0}
-        notes = _notes(table)
-        if notes is None or notes["settings"]["signature_version"] != SIGNATURE_VERSION:
-            return cls(none_known, nothing, nothing, nothing, no_edges)
-        hashes = rows.stored("pixel_hash")
-        if notes["settings"] != _settings(table, config):
-            return cls(none_known, nothing, nothing, hashes, no_edges)
-        groups, dups = rows.stored("group_id"), rows.stored("dup_id")
-        named = np.array([None not in pair for pair in zip(groups, dups, strict=True)], bool)
-        if named.sum() != notes["images"]:  # some were purged: their edges cannot be counted
-            return cls(none_known, groups, dups, hashes, no_edges)
-        # An image whose signature was computed since then counts as new.
-        signed = np.array([signature is not None for signature in rows.stored("signature")], bool)
-        edges = {kind: notes["edges"][kind] for kind in no_edges}
-        return cls(named & signed & has_views, groups, dups, hashes, edges)
-
-
-def _notes(table: PhotoTable) -> dict[str, Any] | None:
-    """Of the last run, if all columns it wrote are still as it wrote them."""
-    columns = ("signature", "pixel_hash", "dup_id", "group_id")
-    found = {table.notes(name).get("duplicates") for name in columns}
-    text = found.pop()
-    return json.loads(text) if text is not None and not found else None
-
-
 def _near_edges(
-    views: Views, has_views: np.ndarray, before: _Before, config: DuplicatesConfig
+    table: PhotoTable, rows: Rows, views: Views, is_new: np.ndarray, config: DuplicatesConfig
 ) -> Edges:
     if not config.near:
         return Edges()
-    if len(views) > MAX_EXHAUSTIVE:
-        raise UserError(
-            f"{len(views):,} images; near duplicates are searched among {MAX_EXHAUSTIVE:,} at most",
-            "Use --no-near (equal pixels only), or split the set into several tables.",
-        )
-    return find_edges(views, ~before.is_known & has_views)
+    if len(rows.ids) <= MAX_EXHAUSTIVE:
+        hits = compare_all(views, is_new)
+        return verify(views, hits, read_thumbnails(table, rows.ids, hits[:, :2]))
+    hits = compare_sampled(views, is_new)
+    return verify(views, hits, read_thumbnails(table, rows.ids, hits[:, :2]), recall)
 
 
 def _unite_tags(table: PhotoTable, ids: list[str], better: dict[int, int]) -> None:
@@ -304,9 +253,9 @@ def _report(rows: Rows, found: _Found, better: dict[int, int]) -> DuplicatesRepo
         flat=found.num_flat,
         failed=sum(signature is None for signature in found.signatures),
         largest_group=max(map(len, groups.values()), default=min(1, len(rows.ids))),
-        edges={kind: counts[kind] for kind in ("pixels", "near_close", "near_far", "sets")},
+        edges={kind: count for kind, count in counts.items() if kind != "refused"},
         second_look={
-            "agreed": counts["near_close"] + counts["near_far"],
-            "refused": counts["refused"],
+            "agreed": int(counts["near_close"] + counts["near_far"]),
+            "refused": int(counts["refused"]),
         },
     )
