@@ -77,7 +77,7 @@ class Lora:
                 continue
             options = LoraConfig(
                 r=self.config.rank,
-                lora_alpha=self.config.alpha,  # type: ignore[arg-type]  peft divides it only
+                lora_alpha=self.config.alpha,  # type: ignore[arg-type]
                 target_modules=chosen,
                 init_lora_weights=True,
             )

@@ -31,7 +31,9 @@ def write_diffusers(path: Path, pairs: Pairs, alpha: float) -> Path:
         part, _, name = module.partition(".")
         settings[f"{part}.r"] = down.shape[0]
         settings[f"{part}.lora_alpha"] = alpha
-        settings.setdefault(f"{part}.target_modules", []).append(name)
+        # peft matches ends of live names, which lack the prefix under transformers 5.
+        targets = settings.setdefault(f"{part}.target_modules", [])
+        targets.append(name.removeprefix("text_model."))
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
     save_file(tensors, str(path), metadata=metadata)
     return path
