@@ -126,7 +126,9 @@ def _explain(error: ValidationError, data: dict[str, Any], model: type[Section],
     for problem in error.errors(include_url=False):
         path, value, section = _locate(problem["loc"], data, model)
         if problem["type"] == "union_tag_invalid":
-            path, value = f"{path}.type", problem["ctx"]["tag"]
+            # pydantic quotes the discriminating key: 'type', or 'family' in a training recipe.
+            path = f"{path}.{problem['ctx']['discriminator'].strip(chr(39))}"
+            value = problem["ctx"]["tag"]
         rows.append((path + _shown(value), _reason(problem, path, section, model)))
     width = max(len(left) for left, _ in rows)
     lines = [f"  {left:<{width}}  {reason}" for left, reason in rows]
@@ -134,6 +136,12 @@ def _explain(error: ValidationError, data: dict[str, Any], model: type[Section],
 
 
 _MISSING = object()
+TAG_KEYS = ("type", "family")
+"""Keys by which the members of a union of sections are told apart."""
+
+
+def _tags(value: dict[str, Any]) -> list[Any]:
+    return [value[key] for key in TAG_KEYS if key in value]
 
 
 def _locate(
@@ -149,7 +157,7 @@ def _locate(
     owner: type[Section] | None = model
     for index, key in enumerate(loc):
         is_last = index == len(loc) - 1
-        if isinstance(value, dict) and key not in value and value.get("type") == key:
+        if isinstance(value, dict) and key not in value and key in _tags(value):
             continue  # pydantic's union tag, not a key of the file
         owner = _section_in(annotation, value)
         if isinstance(key, int):
@@ -186,9 +194,10 @@ def _section_in(annotation: Any, value: Any) -> type[Section] | None:
     found = list(_sections(annotation))
     if len(found) > 1 and isinstance(value, dict):
         for section in found:
-            field = section.model_fields.get("type")
-            if field is not None and value.get("type") in get_args(field.annotation):
-                return section
+            for tag in TAG_KEYS:
+                field = section.model_fields.get(tag)
+                if field is not None and value.get(tag) in get_args(field.annotation):
+                    return section
     return found[0] if len(found) == 1 else None
 
 
@@ -216,7 +225,7 @@ def _reason(problem: Any, path: str, section: type[Section] | None, model: type[
     if kind in ("literal_error", "union_tag_invalid"):
         return _unknown_choice(problem, context)
     if kind == "union_tag_not_found":
-        return "needs a key type that names the plugin"
+        return f"needs a key {context['discriminator'].strip(chr(39))} that names the plugin"
     bounds = {"greater_than": (">", "gt"), "greater_than_equal": (">=", "ge")}
     bounds |= {"less_than": ("<", "lt"), "less_than_equal": ("<=", "le")}
     if kind in bounds:

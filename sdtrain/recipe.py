@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 from pydantic import Field, create_model, field_validator, model_validator
-from sdprep.prompts import PromptPolicy
 
 from sdprep import plugins
-from sdprep.recipe import Section, load_recipe, validate
+from sdprep.prompt_policy import PromptPolicy
+from sdprep.recipe import Section, load_recipe
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -117,14 +117,22 @@ class ValidationSection(Section):
         None, gt=0, description="Samples between two evaluations; default: a fortieth of the run."
     )
     images: int = Field(64, ge=0, description="Images of the validation split; 0: none.")
-    timesteps_per_image: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="Noise levels per image; auto: 4, or 16 with fewer than 16 images."
+    timesteps_per_image: int | str = Field(
+        "auto", description='Noise levels per image; "auto": 4, or 16 with fewer than 16 images.'
     )
     train_probe_images: int = Field(
         64, ge=0, description="Training images evaluated in the same way; 0: none."
     )
     probe: str | None = Field(None, description="Probe file of another run, to compare with it.")
     seed: int | None = Field(None, description="Seed of the evaluation; default: the recipe's.")
+
+    @field_validator("timesteps_per_image", mode="before")
+    @classmethod
+    def _a_number_or_auto(cls, value: Any) -> Any:
+        is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not is_number and value != "auto":
+            raise ValueError('must be "auto" or a whole number > 0')
+        return value
 
 
 class SamplingSection(Section):
@@ -171,8 +179,12 @@ def _family_union() -> Any:
 
 if TYPE_CHECKING:
     # Built from the folder scan at run time; each has build(), and the family also path.
-    ModelSection = OptimizerSection = ScheduleSection = Any
-    WeightingSection = LossSection = AdapterSection = Any
+    ModelSection: TypeAlias = Any
+    OptimizerSection: TypeAlias = Any
+    ScheduleSection: TypeAlias = Any
+    WeightingSection: TypeAlias = Any
+    LossSection: TypeAlias = Any
+    AdapterSection: TypeAlias = Any
 else:
     ModelSection = _family_union()
     OptimizerSection = plugins.union("optimizer")
@@ -193,8 +205,8 @@ class TrainRecipe(Section):
     output: Path = Field(description="Run folder.")
     model: ModelSection
     data: DataSection
-    prompt: dict[str, Any] = Field(
-        {}, description="Overrides of the prompt policy that came with the data set."
+    prompt: PromptPolicy = Field(
+        PromptPolicy(), description="Overrides of the prompt policy that came with the data set."
     )
     train: TrainSection
     optimizer: OptimizerSection = _default("optimizer", "adamw")
@@ -215,37 +227,18 @@ class TrainRecipe(Section):
         return value
 
     def resolved(self) -> dict[str, Any]:
-        """Every option with its value, as JSON and TOML can hold it."""
-        return self.model_dump(mode="json", by_alias=True)
+        """Every option with its value, as JSON and TOML can hold it.
+
+        Of `[prompt]` only what was set: the rest is the data set's to say.
+        """
+        prompt = self.prompt.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        return {**self.model_dump(mode="json", by_alias=True), "prompt": prompt}
 
 
 def load_train_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainRecipe:
     """Read and check a training recipe; `overrides` are `--set` texts.
 
     Raises:
-        RecipeError: every mistake at once, those of `[prompt]` among them.
+        RecipeError: every mistake at once.
     """
-    recipe = load_recipe(path, TrainRecipe, overrides)
-    merged_policy(PromptPolicy(), recipe.prompt, f"{path} [prompt]")
-    return recipe
-
-
-def merged_policy(policy: PromptPolicy, overrides: dict[str, Any], where: str) -> PromptPolicy:
-    """The data set's policy with the recipe's `[prompt]` laid over it, key by key."""
-    if not overrides:
-        return policy
-    return validate(
-        _overlaid(policy.model_dump(mode="json", by_alias=True), overrides), PromptPolicy, where
-    )
-
-
-def _overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        # A table is laid over a table, unless it names another plugin-like `type` or `law`.
-        if isinstance(value, dict) and isinstance(below, dict):
-            merged[key] = _overlaid(below, value)
-        else:
-            merged[key] = value
-    return merged
+    return load_recipe(path, TrainRecipe, overrides)
