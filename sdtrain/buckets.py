@@ -150,7 +150,7 @@ class GlobalOrder:
         self._ids, self._render, self._seed = ids, render, seed
         self._run_samples, self._window = run_samples, window
         # Sorted by id, so that the order in which rows are stored changes nothing.
-        by_id = sorted(range(len(assignment.kept)), key=lambda at: ids[assignment.kept[at]])
+        by_id = sorted(range(len(assignment.kept)), key=lambda at: ids[int(assignment.kept[at])])
         self._rows = assignment.kept[by_id]
         self._buckets, self._bucket_of = assignment.buckets, assignment.bucket_of[by_id]
         assert len(self._rows) > 0, "an order needs rows"

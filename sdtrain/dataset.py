@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from sdprep.prompts import PromptPolicy, render_prompt
 
 from sdprep.errors import DataError
+from sdprep.prompt_policy import PromptPolicy
+from sdprep.prompts import render_prompt
 from sdprep.recipe import validate
 from sdprep.schema import MANIFEST
 from sdtrain.buckets import Text
-from sdtrain.recipe import DataSection, merged_policy
+from sdtrain.recipe import DataSection
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,12 +80,12 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)
 
 
-def open_data(section: DataSection, prompt: dict[str, Any]) -> TrainingData:
+def open_data(section: DataSection, prompt: PromptPolicy) -> TrainingData:
     """Open a data set.
 
     Args:
         section: the recipe's `[data]`.
-        prompt: the recipe's `[prompt]`.
+        prompt: the recipe's `[prompt]`; what it sets wins over the data set's policy.
 
     Raises:
         DataError: it is missing, of an unknown schema version, or has no pictures or texts.
@@ -108,7 +109,7 @@ def open_data(section: DataSection, prompt: dict[str, Any]) -> TrainingData:
         origin=origin,
         train=splits.train,
         validation=splits.validation,
-        policy=merged_policy(policy, prompt, "the recipe's [prompt]"),
+        policy=policy.overridden(prompt),
         fingerprint=fingerprint(splits.train, splits.validation),
         provenance=provenance,
         notes=splits.notes,

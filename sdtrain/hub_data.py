@@ -120,9 +120,11 @@ def _from_hub(section: DataSection) -> str | None:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
     from huggingface_hub.errors import LocalEntryNotFoundError as NotAtHand
 
-    where = {"repo_type": "dataset", "revision": section.revision}
     try:
-        return str(hf_hub_download(section.path, MANIFEST, **where))  # type: ignore[arg-type]
+        found = hf_hub_download(
+            section.path, MANIFEST, repo_type="dataset", revision=section.revision
+        )
+        return str(found)
     except NotAtHand:
         raise _missing(section.path, "no such folder, and the Hub cannot be reached") from None
     except EntryNotFoundError:

@@ -35,6 +35,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.tensorboard = path / "tensorboard"
+        self.model = path / "model"  # what was trained, in the format that others read
 
     @contextmanager
     def writing(self) -> Iterator[None]:

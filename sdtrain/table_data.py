@@ -82,7 +82,9 @@ def open_table(path: Path) -> Splits:
 
     table = PhotoTable.open(path)
     score = score_column(table, None)
-    also = [name for name in ("caption", "captions", "tags", "split") if table.has(name)]
+    also = [
+        name for name in ("caption", "captions", "tags", "split", "group_id") if table.has(name)
+    ]
     ranks = [f"{score}.score"] if score else []
     rows = table.kept(["id", "width", "height", "text", *also, *ranks])
     if score:
@@ -127,11 +129,13 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
         beside = text.get("tags") or []
         tags = [{**tag, "score": None, "source": "sidecar"} for tag in beside]
     rank = row.get("score")
-    is_rank = rank is not None and math.isfinite(rank)
+    if rank is not None and not math.isfinite(rank):
+        rank = None
     return {
         "id": row["id"],
+        "group_id": row.get("group_id"),
         "caption": caption,
         "captions": captions,
         "tags": tags,
-        "score": min(9, max(1, math.floor(rank + 0.5))) if is_rank else None,
+        "score": None if rank is None else min(9, max(1, math.floor(rank + 0.5))),
     }

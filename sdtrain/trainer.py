@@ -7,6 +7,7 @@ The clock is `samples_seen`. Order, noise, text, crop and learning rate are pure
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from sdprep.console import progress, say
 from sdprep.errors import UserError
-from sdtrain import checkpoint
+from sdtrain import checkpoint, stable_eval
 from sdtrain.batch import Batch
 from sdtrain.loader import MicroBatch, load
+from sdtrain.probe_sets import open_probes
 from sdtrain.recipe import TrainRecipe
 from sdtrain.run import Run, begin
 from sdtrain.run_folder import RunFolder
 from sdtrain.setup import Setup, open_setup
+from sdtrain.stable_eval import ProbeSet
 from sdtrain.step import denoising_loss
 from sdtrain.stopping import StopRequest
 from sdtrain.trackers.jsonl import JsonlTracker
@@ -49,6 +52,7 @@ class Outcome:
     step: int
     is_finished: bool
     checkpoint: str | None
+    model: str | None
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -70,13 +74,15 @@ def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = 
             folder.describe(recipe, facts(setup))
             with ExitStack() as stack:
                 resumed_at = run.samples_seen or None
-                trackers = [
+                trackers: list[Any] = [
                     JsonlTracker(folder.metrics, resumed_at),
                     TensorBoardTracker(folder.tensorboard, resumed_at),
                 ]
                 for tracker in trackers:
                     stack.callback(tracker.close)
                 fit(run, trackers, stop)
+        if run.is_finished and not folder.model.exists():
+            hand_over(run)
     newest = checkpoint.checkpoints(folder.checkpoints)[-1:]
     return Outcome(
         output=str(folder.path),
@@ -85,6 +91,7 @@ def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = 
         step=run.step,
         is_finished=run.is_finished,
         checkpoint=str(newest[0]) if newest else None,
+        model=str(folder.model) if folder.model.exists() else None,
     )
 
 
@@ -113,7 +120,7 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
     validate_every = setup.every_samples(recipe.validation.every_samples, 40)
     sample_every = recipe.sampling.every_samples or total
     save_every = setup.every_samples(recipe.checkpoint.every_samples, 10)
-    probes = open_probes(run)
+    probes = open_probes(setup, run.folder.validation, run.samples_seen)
 
     # A fresh run looks once before its first step. One that goes on has done all of that.
     first_look: list[Parts | None] = [] if run.samples_seen else [None]
@@ -245,24 +252,9 @@ def _what_to_try(run: Run) -> str:
     return f'Try a lower learning rate, a warm-up, or precision.mixed = "no".{where}'
 
 
-def open_probes(run: Run) -> list[Any]:
-    """The fixed images, noise and noise levels that this run is judged by."""
-    wanted = run.setup.recipe.validation
-    if not wanted.images and not wanted.train_probe_images:
-        return []
-    from sdtrain import stable_eval
-
-    return stable_eval.open_probes(run.setup, run.folder.validation)
-
-
-def evaluate(run: Run, probes: Sequence[Any]) -> list[dict[str, Any]]:
+def evaluate(run: Run, probes: Sequence[ProbeSet]) -> list[dict[str, Any]]:
     """One validation line for each probe, kept in the run's history."""
-    lines = []
-    for probe in probes:
-        from sdtrain import stable_eval
-
-        line = stable_eval.evaluate(probe, run.setup, run.samples_seen)
-        lines.append({"kind": "validation", "samples_seen": run.samples_seen, **line})
+    lines = [stable_eval.evaluate(probe, run.samples_seen) for probe in probes]
     run.evaluations += lines
     return lines
 
@@ -281,6 +273,15 @@ def save(run: Run, trackers: Sequence[Any]) -> None:
         tracker.sync()
     keep = run.setup.recipe.checkpoint.keep
     checkpoint.write(run.folder.checkpoints, run.snapshot(), keep)
+
+
+def hand_over(run: Run) -> None:
+    """Write the finished model where others can read it: a diffusers folder, or adapter files."""
+    final = run.folder.model
+    temporary = final.with_name(f".{final.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    run.setup.adapter.save(run.setup.family, temporary)
+    temporary.replace(final)
 
 
 def log(trackers: Sequence[Any], line: dict[str, Any]) -> None:

@@ -1,0 +1,244 @@
+"""Everything about a run that can be known without training it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sdprep.buckets import fit
+from sdtrain.buckets import Assignment, Slot, micro_batches
+from sdtrain.dataset import Rows
+from sdtrain.recipe import TrainRecipe
+from sdtrain.run_folder import versions
+from sdtrain.setup import Setup, gpu_without_torch, open_setup
+
+CHUNK_ROWS = 2_000
+CURVE_POINTS = 9
+SHOWN_PROMPTS = 3
+FLOAT32_BYTES = 4
+OPTIMIZER_COPIES = 2  # running mean and running square
+
+
+def check(recipe: TrainRecipe) -> dict[str, Any]:
+    """Open everything a recipe names, train nothing, and say what a run would do.
+
+    Raises:
+        UserError: what would stop the run.
+    """
+    return describe(open_setup(recipe))
+
+
+def describe(setup: Setup) -> dict[str, Any]:
+    """What a run would do, as JSON holds it."""
+    slots = _first_slots(setup)
+    return {
+        "recipe": setup.recipe.resolved(),
+        "versions": versions(),
+        "device": str(setup.device),
+        "gpu_without_torch": gpu_without_torch(),
+        "model": _model(setup),
+        "data": _data(setup),
+        "buckets": _buckets(setup.data.train, setup.train, setup.recipe.data.run_samples),
+        "chunks": _chunks(setup),
+        "freeze": {
+            "rows": [row.__dict__ for row in setup.plan.rows],
+            "notes": setup.plan.notes,
+        },
+        "length": _length(setup, slots),
+        "learning_rate": _learning_rate(setup),
+        "evaluation": _evaluation(setup),
+        "memory": _memory(setup),
+        "checkpoint_bytes": _checkpoint_bytes(setup),
+        "prompts": _prompts(setup, slots[:SHOWN_PROMPTS]),
+    }
+
+
+def _first_slots(setup: Setup) -> list[Slot]:
+    stream = setup.order.slots()
+    wanted = max(SHOWN_PROMPTS, min(setup.recipe.data.batch_size, setup.total_samples))
+    return [next(stream) for _ in range(wanted)]
+
+
+def _model(setup: Setup) -> dict[str, Any]:
+    family = setup.family
+    return {
+        "family": family.name,
+        "path": setup.recipe.model.path,
+        "prediction_type": family.prediction_type,
+        "fingerprint": setup.conditions()["model_fingerprint"],
+        "resolution_px": setup.recipe.data.resolution_px or family.default_resolution_px,
+        "bucket_multiple_px": family.bucket_multiple_px,
+        "parameters": {
+            part: sum(row.num_total for row in setup.plan.rows if row.part == part)
+            for part in family.parts
+        },
+    }
+
+
+def _data(setup: Setup) -> dict[str, Any]:
+    data = setup.data
+    splits = {"train": _rows(data.train, setup.train)}
+    if data.validation is not None and setup.validation is not None:
+        splits["validation"] = _rows(data.validation, setup.validation)
+    shared = 0
+    if data.validation is not None:
+        shared = len(
+            _kept_ids(data.train, setup.train) & _kept_ids(data.validation, setup.validation)
+        )
+    return {
+        "origin": data.origin,
+        "fingerprint": data.fingerprint,
+        "splits": splits,
+        "in_both_splits": shared,
+        "notes": data.notes,
+        "policy": data.policy.model_dump(mode="json", by_alias=True),
+    }
+
+
+def _kept_ids(rows: Rows, assignment: Assignment | None) -> set[str]:
+    assert assignment is not None
+    return {rows.ids[row].split("#")[0] for row in assignment.kept}
+
+
+def _rows(rows: Rows, assignment: Assignment) -> dict[str, Any]:
+    return {
+        "rows": len(rows),
+        "kept": len(assignment.kept),
+        "refused": assignment.reasons(),
+        "examples": list(assignment.refused.values())[:5],
+    }
+
+
+def _buckets(rows: Rows, assignment: Assignment, run_samples: int) -> list[dict[str, Any]]:
+    """One line per bucket in use: rows, full and short runs, and what the crop costs."""
+    table = []
+    for index, bucket in enumerate(assignment.buckets):
+        members = assignment.kept[assignment.bucket_of == index]
+        if not len(members):
+            continue
+        lost = [
+            fit(int(width), int(height), bucket).crop_fraction
+            for height, width in rows.sizes_hw[members[:CHUNK_ROWS]]
+        ]
+        table.append(
+            {
+                "bucket": str(bucket),
+                "rows": len(members),
+                "runs_at_least": -(-len(members) // run_samples),
+                "crop_percent_mean": round(100 * float(np.mean(lost)), 3),
+                "crop_percent_max": round(100 * max(lost), 3),
+            }
+        )
+    return table
+
+
+def _chunks(setup: Setup) -> dict[str, Any]:
+    """How many chunks the prompts of the first epoch take; of large sets, those of a part."""
+    ids, kept = setup.data.train.ids, setup.train.kept
+    stream = setup.order.slots()
+    looked_at = min(len(kept), CHUNK_ROWS)
+    texts = [next(stream).text for _ in range(looked_at)]
+    counts = Counter(text.num_chunks for text in texts)
+    return {
+        "looked_at": looked_at,
+        "of": len(ids),
+        "rows_by_chunks": {str(chunks): counts[chunks] for chunks in sorted(counts)},
+        "dropped": sum(text.is_dropped for text in texts),
+        "empty": sum(text.prompt == "" for text in texts),
+    }
+
+
+def _length(setup: Setup, slots: Sequence[Slot]) -> dict[str, Any]:
+    data = setup.recipe.data
+    first = list(slots[: data.batch_size])
+    return {
+        "samples": setup.total_samples,
+        "steps": setup.num_steps,
+        "epochs": setup.total_samples / setup.order.epoch_samples,
+        "batch_size": data.batch_size,
+        "micro_batch_size": data.micro_batch_size,
+        "forwards_in_first_step": len(micro_batches(first, data.micro_batch_size)),
+        "last_step_samples": setup.total_samples % data.batch_size or data.batch_size,
+        "checkpoint_every_samples": setup.every_samples(setup.recipe.checkpoint.every_samples, 10),
+    }
+
+
+def _learning_rate(setup: Setup) -> dict[str, Any]:
+    """The curve at a few points, and the largest change from one step to the next."""
+    schedule, batch = setup.schedule(), setup.recipe.data.batch_size
+    last = (setup.num_steps - 1) * batch
+    points = sorted({round(i * (setup.num_steps - 1) / (CURVE_POINTS - 1)) for i in range(9)})
+    clocks = [point * batch for point in points]
+    peaks = {group.name: group.lr for group in setup.plan.groups}
+    factors = [schedule(clock) for clock in range(0, last + 1, batch * _stride(setup.num_steps))]
+    changes = [max(a, b) / min(a, b) for a, b in zip(factors, factors[1:], strict=False) if a and b]
+    return {
+        "samples_seen": clocks,
+        "factor": [schedule(clock) for clock in clocks],
+        "lr": {name: [lr * schedule(clock) for clock in clocks] for name, lr in peaks.items()},
+        "worst_ratio": max(changes, default=1.0),
+        "per_sample_root": {name: lr / batch**0.5 for name, lr in peaks.items()},
+    }
+
+
+def _stride(num_steps: int) -> int:
+    return max(1, num_steps // 100_000)
+
+
+def _evaluation(setup: Setup) -> dict[str, Any]:
+    wanted = setup.recipe.validation
+    every = setup.every_samples(wanted.every_samples, 40)
+    validation = 0 if setup.validation is None else len(setup.validation.kept)
+    images = {
+        "validation": min(wanted.images, validation),
+        "train_probe": min(wanted.train_probe_images, len(setup.train.kept)),
+    }
+    per_image = {
+        name: (16 if count < 16 else 4)
+        if wanted.timesteps_per_image == "auto"
+        else wanted.timesteps_per_image
+        for name, count in images.items()
+    }
+    forwards = {name: images[name] * per_image[name] for name in images}
+    return {
+        "every_samples": every,
+        "times": 1 + -(-setup.total_samples // every),
+        "images": images,
+        "timesteps_per_image": per_image,
+        "forwards_each_time": sum(forwards.values()),
+        "has_validation_split": setup.validation is not None,
+    }
+
+
+def _memory(setup: Setup) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer; activations come on top."""
+    networks = setup.family.parts.values()
+    weights = sum(p.numel() * p.element_size() for part in networks for p in part.parameters())
+    trained = sum(p.numel() for p in setup.plan.trained().values()) * FLOAT32_BYTES
+    parts = {"weights": weights, "gradients": trained, "optimizer": OPTIMIZER_COPIES * trained}
+    return {**parts, "total_without_activations": sum(parts.values())}
+
+
+def _checkpoint_bytes(setup: Setup) -> int:
+    trained = sum(p.numel() for p in setup.plan.trained().values()) * FLOAT32_BYTES
+    return trained * (1 + OPTIMIZER_COPIES)
+
+
+def _prompts(setup: Setup, slots: Sequence[Slot]) -> list[dict[str, Any]]:
+    shown = []
+    for slot in slots:
+        micro = setup.reader().batch([slot], [0.5]).micro[0]
+        shown.append(
+            {
+                "id": slot.sample_id,
+                "prompt": slot.text.prompt,
+                "dropped": slot.text.is_dropped,
+                "chunks": slot.text.num_chunks,
+                "bucket": str(slot.bucket),
+                "time_ids": micro.time_ids(),
+            }
+        )
+    return shown

@@ -1,0 +1,125 @@
+"""What `sdtrain check` found, as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+GIGABYTE = 1e9
+
+
+def check_text(found: Mapping[str, Any], freeze_table: str) -> str:
+    """The report of `check.describe` as lines of text."""
+    sections = [
+        ("model", _model(found)),
+        ("data", _data(found)),
+        ("buckets", _buckets(found["buckets"])),
+        ("text", _chunks(found["chunks"])),
+        ("what trains", freeze_table.splitlines()),
+        ("length", _length(found)),
+        ("learning rate", _learning_rate(found["learning_rate"])),
+        ("evaluation", _evaluation(found["evaluation"])),
+        ("memory and disk", _memory(found)),
+        ("the first prompts", _prompts(found["prompts"])),
+    ]
+    lines = []
+    for title, body in sections:
+        lines += [title, *(f"  {line}" for line in body), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _model(found: Mapping[str, Any]) -> list[str]:
+    model = found["model"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in model["parameters"].items())
+    lines = [
+        f"{model['family']} from {model['path']}, predicts {model['prediction_type']}",
+        f"parameters: {parts}",
+        f"fingerprint {model['fingerprint']}, on {found['device']}",
+    ]
+    if found["gpu_without_torch"]:
+        lines.append("WARNING: there is an NVIDIA GPU that this torch cannot use (CPU build?)")
+    return lines
+
+
+def _data(found: Mapping[str, Any]) -> list[str]:
+    data = found["data"]
+    lines = [data["origin"], f"fingerprint {data['fingerprint']}"]
+    for name, split in data["splits"].items():
+        refused = ", ".join(f"{reason} {count}" for reason, count in split["refused"].items())
+        lines.append(
+            f"{name}: {split['kept']:,} of {split['rows']:,} rows kept; "
+            f"refused: {refused or 'none'}"
+        )
+        lines += [f"  {example}" for example in split["examples"]]
+    if "validation" in data["splits"]:
+        lines.append(f"images in both splits: {data['in_both_splits']}")
+    else:
+        lines.append("WARNING: no validation split; only the training images can be evaluated")
+    return [*lines, *data["notes"]]
+
+
+def _buckets(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = f"{'width x height':>14} {'rows':>9} {'runs':>7} {'crop % mean':>12} {'max':>7}"
+    return [
+        head,
+        *(
+            f"{line['bucket']:>14} {line['rows']:>9,} {line['runs_at_least']:>7,} "
+            f"{line['crop_percent_mean']:>12.2f} {line['crop_percent_max']:>7.2f}"
+            for line in table
+        ),
+    ]
+
+
+def _chunks(chunks: Mapping[str, Any]) -> list[str]:
+    counts = ", ".join(f"{n}: {rows:,}" for n, rows in chunks["rows_by_chunks"].items())
+    return [
+        f"rows by chunks of 75 tokens, first epoch, {chunks['looked_at']:,} rows: {counts}",
+        f"captions dropped: {chunks['dropped']:,}; empty prompts in all: {chunks['empty']:,}",
+    ]
+
+
+def _length(found: Mapping[str, Any]) -> list[str]:
+    length = found["length"]
+    return [
+        f"{length['samples']:,} samples = {length['steps']:,} steps of {length['batch_size']} "
+        f"= {length['epochs']:.4g} epochs; the last step has {length['last_step_samples']}",
+        f"micro-batch {length['micro_batch_size']}: the first step takes "
+        f"{length['forwards_in_first_step']} forwards",
+        f"a checkpoint every {length['checkpoint_every_samples']:,} samples",
+    ]
+
+
+def _learning_rate(rates: Mapping[str, Any]) -> list[str]:
+    lines = ["at samples " + "  ".join(f"{clock:,}" for clock in rates["samples_seen"])]
+    for name, values in rates["lr"].items():
+        lines.append(f"{name}: " + "  ".join(f"{value:.3g}" for value in values))
+    lines.append(f"largest change from one step to the next: x{rates['worst_ratio']:.4g}")
+    return lines
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
+    images, levels = evaluation["images"], evaluation["timesteps_per_image"]
+    probes = [f"{name} {images[name]} images x {levels[name]}" for name in images if images[name]]
+    return [
+        f"{', '.join(probes) or 'none'} = {evaluation['forwards_each_time']:,} forwards, "
+        f"every {evaluation['every_samples']:,} samples, {evaluation['times']} times"
+    ]
+
+
+def _memory(found: Mapping[str, Any]) -> list[str]:
+    memory = {name: value / GIGABYTE for name, value in found["memory"].items()}
+    return [
+        f"weights {memory['weights']:.2f} GB + gradients {memory['gradients']:.2f} GB "
+        f"+ optimizer {memory['optimizer']:.2f} GB = "
+        f"{memory['total_without_activations']:.2f} GB, and activations on top",
+        f"one checkpoint takes about {found['checkpoint_bytes'] / GIGABYTE:.3f} GB",
+    ]
+
+
+def _prompts(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for prompt in prompts:
+        text = "(dropped)" if prompt["dropped"] else repr(prompt["prompt"])
+        lines.append(f"{prompt['id']} in {prompt['bucket']}, {prompt['chunks']} chunks: {text}")
+        lines.append(f"  time_ids {prompt['time_ids']}")
+    return lines
