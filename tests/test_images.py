@@ -320,3 +320,22 @@ def test_threads_agree_and_leave_the_globals_alone(shared_data):
     assert all(results)
     after = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters))
     assert before == after
+
+
+def test_bombs_of_other_formats_are_refused_by_their_headers():
+    jpeg = bytearray(saved(photo(), "JPEG"))
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = struct.pack(">HH", 65500, 65500)
+    gif = bytearray(saved(photo(), "GIF"))
+    gif[6:10] = struct.pack("<HH", 65535, 65535)
+    bmp = bytearray(saved(photo(), "BMP"))
+    bmp[18:26] = struct.pack("<ii", 100_000, 100_000)
+    qoi = bytearray(saved(photo(), "QOI"))
+    qoi[4:12] = struct.pack(">II", 2**31, 2**31)
+    canvas = (16_383).to_bytes(3, "little") * 2
+    webp = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + canvas
+    webp += b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    webp = b"RIFF" + struct.pack("<I", len(webp)) + webp
+    bombs = [bytes(jpeg), bytes(gif), bytes(bmp), bytes(qoi), b"P6 99999 99999 255\n" + bytes(9)]
+    assert [reason(bomb) for bomb in bombs] == ["too_many_pixels"] * 5
+    assert reason(webp) in ("too_many_pixels", "decode_error")  # the decoder itself may refuse
