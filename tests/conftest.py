@@ -34,3 +34,31 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     root = tmp_path_factory.mktemp("tiny-models")
     return lambda family: tiny_folder(root, family)
+
+
+@pytest.fixture(scope="session")
+def prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small published data set: 14 images to train on, 4 held out; never change it."""
+    from tests.train_data import prepared_row, write_prepared
+
+    rows = [prepared_row(number) for number in range(18)]
+    return write_prepared(tmp_path_factory.mktemp("data") / "prepared", rows[:14], rows[14:])
+
+
+@pytest.fixture
+def train_recipe(
+    tmp_path: Path, prepared_folder: Path, tiny_model: Callable[[str], Path]
+) -> Callable[..., Path]:
+    """Writes a training recipe into the test's folder, for one family; output is `run`."""
+    from tests.train_data import write_recipe
+
+    def write(family: str = "sd15", output: str = "run", data: Path = prepared_folder) -> Path:
+        return write_recipe(
+            tmp_path / f"{output}.toml",
+            model=tiny_model(family),
+            data=data,
+            output=tmp_path / output,
+            family=family,
+        )
+
+    return write
