@@ -63,6 +63,7 @@ def test_a_python_without_ensurepip_is_told_what_to_do(setup, monkeypatch, capsy
     assert f"apt install python3.{sys.version_info[1]}-venv" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_failed_install_shows_what_pip_said_and_leaves_no_stamp(setup, capfd):
     # pip stumbles over this before it asks any index.
     (setup.ROOT / "constraints.txt").write_text("-c no-such-file.txt\n", encoding="utf-8")
