@@ -62,6 +62,7 @@ class TechnicalScorer:
     fingerprint = '{"name": "technical", "version": 1}'
     batch_size = 16
     is_thread_safe = True
+    is_thread_safe = True
 
     def annotate(self, batch: Sequence[Sample]) -> pa.RecordBatch:
         """Measure each sample by itself."""
