@@ -1,7 +1,6 @@
 """From the table under curation to rows of the prepared data set.
 
-One window of rows is in memory at a time, and of its images a few; so twelve million images need
-no more memory than twenty.
+A few rows are in memory at a time; so twelve million images need no more memory than a thousand.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ import pyarrow as pa
 from sdprep.errors import DataError, UserError
 from sdprep.schema import SPLITS
 from sdprep.strip import image_extension, strip_metadata
-from sdprep.table import PhotoTable
+from sdprep.table import PhotoTable, original_bytes
 
-WINDOW_ROWS = 4096
-IMAGE_BATCH = 32
+BATCH_ROWS = 32
 SCORERS = ("preference", "aesthetic", "technical")
 """Which score is published when the recipe names none: the first that is there."""
 
 Row = dict[str, Any]
 PromptOf = Callable[[Mapping[str, Any]], str]
 
-_PLAIN = ("id", "width", "height", "format", "exif_orientation", "ordinal", "sources", "text")
+_PLAIN = ("id", "width", "height", "format", "exif_orientation", "sources", "text")
+_STORED = ("image", "image_uri")
 _FOLDED = ("caption", "captions", "tags", "signature", "group_id", "split", "stable_train")
 
 
@@ -73,20 +72,14 @@ def prepared_rows(
     Args:
         score: struct column of the published score, or None.
         license: of images that bring none of their own.
-        prompt_of: renders the validation prompt of a row; NULL stays NULL for train rows too.
+        prompt_of: renders the validation prompt of a row, whichever its split.
         losses: receives what was left out, and why.
     """
-    columns = _columns(table, score)
-    for window in _windows(table, columns):
-        for start in range(0, len(window), IMAGE_BATCH):
-            batch = window[start : start + IMAGE_BATCH]
-            images = _image_bytes(table, [row["id"] for row in batch], losses)
-            for found in batch:
-                data = images.get(found["id"])
-                row = _row(found, data, score, license, losses) if data is not None else None
-                if row is not None:
-                    row["validation_prompt"] = prompt_of(row)
-                    yield found.get("split") or SPLITS[0], row
+    for found in _scan(table, _columns(table, score)):
+        row = _row(found, score, license, losses)
+        if row is not None:
+            row["validation_prompt"] = prompt_of(row)
+            yield found.get("split") or SPLITS[0], row
 
 
 def _has_field(table: PhotoTable, column: str, name: str) -> bool:
@@ -95,7 +88,7 @@ def _has_field(table: PhotoTable, column: str, name: str) -> bool:
 
 
 def _columns(table: PhotoTable, score: str | None) -> list[str]:
-    columns = [*_PLAIN, *(name for name in _FOLDED if table.has(name))]
+    columns = [*_PLAIN, *_STORED, *(name for name in _FOLDED if table.has(name))]
     if score:
         columns += [
             f"{score}.{name}" for name in ("score", "score_raw") if _has_field(table, score, name)
@@ -104,34 +97,32 @@ def _columns(table: PhotoTable, score: str | None) -> list[str]:
     return columns + [f"{name}.boxes" for name in boxes if _has_field(table, name, "boxes")]
 
 
-def _windows(table: PhotoTable, columns: list[str]) -> Iterator[list[Row]]:
-    kept = table.kept_predicate()
-    for start in range(0, table.count(), WINDOW_ROWS):
-        here = f"ordinal >= {start} AND ordinal < {start + WINDOW_ROWS}"
-        yield table.read(columns, f"{here} AND {kept}").to_pylist()
+def _scan(table: PhotoTable, columns: list[str]) -> Iterator[Row]:
+    """Kept rows in the order they are stored, which is the order of arrival, with their bytes.
+
+    One pass: looking images up by id would read all ids again for every few of them.
+    """
+    scanner = table.dataset.scanner(
+        columns={name: name for name in columns},
+        filter=table.kept_predicate(),
+        batch_size=BATCH_ROWS,
+        batch_readahead=2,
+        fragment_readahead=1,
+        scan_in_order=True,
+    )
+    for batch in scanner.to_batches():
+        yield from batch.to_pylist()
 
 
-def _image_bytes(table: PhotoTable, ids: list[str], losses: Losses) -> dict[str, bytes]:
-    """Original bytes; linked files that are gone or changed are counted, not fatal."""
-    try:
-        return table.image_bytes(ids)
-    except DataError:
-        pass
-    found: dict[str, bytes] = {}
-    for id_ in ids:
-        try:
-            found |= table.image_bytes([id_])
-        except DataError as error:
-            losses.leave_out("source_changed", error.message)
-    return found
-
-
-def _row(
-    found: Row, data: bytes, score: str | None, license: str | None, losses: Losses
-) -> Row | None:
+def _row(found: Row, score: str | None, license: str | None, losses: Losses) -> Row | None:
     rank = found.get(f"{score}.score")
     if isinstance(rank, int) and rank < 1:  # a rank 0 says "never train on this"
         losses.leave_out("score_zero", f"image {found['id']}: {score}.score is {rank}")
+        return None
+    try:
+        data = original_bytes(found)
+    except DataError as error:  # a linked file is gone, or is another one now
+        losses.leave_out("source_changed", error.message)
         return None
     try:
         image = strip_metadata(data, found["format"], orientation=found["exif_orientation"])

@@ -60,6 +60,9 @@ class PublishConfig(Section):
     shard_megabytes: int = Field(
         500, ge=1, le=2000, description="Largest Parquet file, in millions of bytes."
     )
+    seed: int | None = Field(
+        None, ge=0, description="Seed of the validation prompts; None takes the recipe's, or 0."
+    )
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,9 @@ def publish(
     score = score_column(table, config.score)
     losses, facts = Losses(), Facts()
     with _scratch(to) as scratch:
-        _write_rows(table, scratch, config, score, _prompts(policy), losses, facts)
+        _write_rows(
+            table, scratch, config, score, _prompts(policy, config.seed or 0), losses, facts
+        )
         if not facts.num_rows:
             raise DataError(f"nothing of {table.path} can be published", _said(losses))
         if spellings is not None:
@@ -222,10 +227,10 @@ def _check_disk(table: PhotoTable, to: Path) -> None:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _prompts(policy: PromptPolicy) -> PromptOf:
+def _prompts(policy: PromptPolicy, seed: int) -> PromptOf:
     from sdprep.prompts import validation_prompt
 
-    return lambda row: validation_prompt(row, policy)
+    return lambda row: validation_prompt(row, policy, seed)
 
 
 def _write_rows(
@@ -284,7 +289,7 @@ def _certificate(table: PhotoTable, folder: Path, facts: Facts) -> dict[str, Any
     """The split's certificate; counted anew where some of its images are not in the folder."""
     text = table.notes("split").get("certificate")
     certificate = json.loads(text) if text else None
-    if certificate and certificate["counts"] != dict(facts.rows):
+    if certificate and certificate.get("counts", facts.rows) != facts.rows:
         from sdprep.certificate import restated
 
         return restated(certificate, folder)

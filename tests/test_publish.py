@@ -162,7 +162,7 @@ def test_load_dataset_gives_both_splits_as_they_were(
             np.testing.assert_array_equal(np.asarray(row["image"]), upright(originals[row["id"]]))
             assert row["caption"].startswith("photo ")
             assert row["tags"][0]["name"] == "cat"
-            assert row["validation_prompt"]
+            assert row["validation_prompt"] == "cat"
             assert row["repeats"] == 1
             assert row["score"] is None
 
@@ -520,3 +520,42 @@ def test_options_are_checked() -> None:
 )
 def test_sources_tell_no_private_path(given: str | None, shown: str | None) -> None:
     assert _source_name([{"source": given}]) == shown
+
+
+# --- the split's certificate ----------------------------------------------------------------------
+
+
+def test_a_published_split_can_be_verified(tmp_path: Path) -> None:
+    from sdprep.certificate import verify
+    from sdprep.split import split_table
+
+    table = PhotoTable.open(tmp_path / "x.lance", create=True)
+    add(table, photos(range(16)))
+    split_table(table)
+    first = publish(table, tmp_path / "out")
+    certificate = read_manifest(tmp_path / "out")["certificate"]
+    assert certificate == json.loads(table.notes("split")["certificate"])
+    assert certificate["counts"] == {"train": first.train, "validation": first.validation}
+    assert verify(tmp_path / "out").ok
+    assert f"counts&#58; train | {first.train} |" in (tmp_path / "out/README.md").read_text("utf-8")
+
+    rows = table.read(["id", "split"]).to_pylist()
+    out = next(row["id"] for row in rows if row["split"] == "train")
+    with table.writer():
+        table.write_fold([out], {"reject_human": pa.array(["dull"])}, stage="review")
+    assert publish(table, tmp_path / "out").train == first.train - 1
+    restated = read_manifest(tmp_path / "out")["certificate"]
+    assert restated["counts"]["train"] == first.train - 1
+    assert verify(tmp_path / "out").ok
+    part = tmp_path / "out/data/validation-00000.parquet"
+    pq.write_table(pq.read_table(part).slice(1), part)
+    assert not verify(tmp_path / "out").ok
+
+
+def test_other_names_of_tags_that_occur_travel_in_the_policy(
+    table: PhotoTable, tmp_path: Path
+) -> None:
+    spellings = {"cat": ["kitty", "feline"], "dragon": ["wyrm"]}
+    publish(table, tmp_path / "out", spellings=spellings)
+    assert read_manifest(tmp_path / "out")["policy"]["aliases"] == {"cat": ["feline", "kitty"]}
+    assert "kitty" not in (tmp_path / "out/README.md").read_text(encoding="utf-8")
