@@ -65,7 +65,9 @@ class Rule(Section):
     """What happens to the parameters whose canonical path a glob matches whole."""
 
     match: str = Field(min_length=1, description="Glob: * within one name, ** across dots.")
-    lr: float | None = Field(None, ge=0.0, description="Learning rate; 0 means frozen.")
+    lr: float | None = Field(
+        None, ge=0.0, allow_inf_nan=False, description="Learning rate; 0 means frozen."
+    )
     freeze: bool = Field(False, description="Freeze what matches.")
 
     @model_validator(mode="after")
@@ -79,9 +81,14 @@ class TrainSection(Section):
     """How long, and which parameters at which rate."""
 
     samples: int | None = Field(None, gt=0, description="Images to consume in all.")
-    epochs: float | None = Field(None, gt=0.0, description="The same in passes over the data.")
+    epochs: float | None = Field(
+        None, gt=0.0, allow_inf_nan=False, description="The same in passes over the data."
+    )
     lr: float | None = Field(
-        None, ge=0.0, description='Shorthand for a first rule { match = "unet.**", lr = … }.'
+        None,
+        ge=0.0,
+        allow_inf_nan=False,
+        description='Shorthand for a first rule { match = "unet.**", lr = … }.',
     )
     preset: str | None = Field(None, description="Shipped rule set, applied before `rules`.")
     rules: tuple[Rule, ...] = Field((), description="In order; the last that matches wins.")

@@ -1,0 +1,179 @@
+"""The global order: every row once an epoch, the same for any start, storage and micro-batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdprep.buckets import bucket_list
+from sdprep.errors import DataError
+from sdprep.seeding import integer
+from sdtrain.buckets import GlobalOrder, Slot, Text, assign, micro_batches, require_enough
+from sdtrain.loader import plan_micro_batches
+
+BUCKETS = bucket_list(64, 8)
+
+
+class SizedRows:
+    """Rows that have ids and sizes, and no pictures."""
+
+    def __init__(self, ids: Sequence[str], sizes_hw: Sequence[tuple[int, int]]) -> None:
+        self.ids, self.sizes_hw = list(ids), np.array(sizes_hw, np.int64).reshape(-1, 2)
+        self.refused: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"id": self.ids[row]} for row in rows]
+
+    def image(self, row: int) -> Any:
+        raise NotImplementedError
+
+
+def some_rows(count: int) -> SizedRows:
+    sizes = [(100, 100), (80, 160), (160, 80), (120, 100)]
+    return SizedRows([f"id{n:03d}" for n in range(count)], [sizes[n % 4] for n in range(count)])
+
+
+def order_of(rows: SizedRows, *, seed: int = 1, run_samples: int = 4, window: int = 7) -> Any:
+    def render(wanted: Sequence[int], visit: int) -> list[Text]:
+        ids = [rows.ids[row] for row in wanted]
+        return [Text(f"{id_} {visit}", False, 1 + integer("c", id_, visit) % 2) for id_ in ids]
+
+    assignment = assign(rows, BUCKETS, 1.0)
+    return GlobalOrder(
+        rows.ids, assignment, render, seed=seed, run_samples=run_samples, window=window
+    )
+
+
+def keys(slots: Sequence[Slot]) -> list[tuple[str, int]]:
+    return [(slot.sample_id, slot.visit) for slot in slots]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 50), st.integers(0, 3))
+def test_every_row_comes_once_per_epoch(count: int, run: int, window: int, seed: int) -> None:
+    order = order_of(some_rows(count), seed=seed, run_samples=run, window=window)
+    slots = list(islice(order.slots(), 3 * count))
+    for epoch in range(3):
+        part = slots[epoch * count : (epoch + 1) * count]
+        assert {slot.visit for slot in part} == {epoch}
+        assert Counter(slot.sample_id for slot in part) == Counter(some_rows(count).ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 130), st.integers(1, 50))
+def test_a_resumed_stream_is_the_suffix(count: int, start: int, window: int) -> None:
+    order = order_of(some_rows(count), window=window)
+    whole = list(islice(order.slots(), start + 50))
+    assert list(islice(order.slots(start), 50)) == whole[start:]
+
+
+def test_the_order_does_not_depend_on_how_rows_are_stored() -> None:
+    rows = some_rows(30)
+    backwards = SizedRows(rows.ids[::-1], [tuple(size) for size in rows.sizes_hw[::-1]])
+    expected = keys(list(islice(order_of(rows).slots(), 60)))
+    assert keys(list(islice(order_of(backwards).slots(), 60))) == expected
+
+
+def test_epochs_and_seeds_differ() -> None:
+    def ids(seed: int, start: int) -> list[str]:
+        stream = order_of(some_rows(30), seed=seed).slots(start)
+        return [slot.sample_id for slot in islice(stream, 30)]
+
+    assert ids(1, 0) != ids(1, 30)
+    assert ids(1, 0) != ids(2, 0)
+
+
+def test_runs_are_of_one_bucket_and_chunk_count() -> None:
+    order = order_of(some_rows(64), run_samples=4, window=64)
+    kinds = [(s.bucket, s.text.num_chunks) for s in islice(order.slots(), 64)]
+    changes = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+    # 64 rows in about 6 kinds and runs of four: some 20 runs, where chance would change 50 times.
+    assert changes <= 64 // 4 + len(set(kinds)) - 1
+    assert len(set(kinds)) >= 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 60), st.integers(1, 9))
+def test_only_the_last_step_is_short(count: int, total: int, batch: int) -> None:
+    steps = list(order_of(some_rows(count)).steps(0, total, batch))
+    sizes = [len(step.slots) for step in steps]
+    assert sum(sizes) == total
+    assert all(size == batch for size in sizes[:-1])
+    assert [step.samples_seen for step in steps] == [batch * i for i in range(len(steps))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 9))
+def test_micro_batches_cover_a_step_and_never_mix_shapes(count: int, size: int) -> None:
+    slots = list(islice(order_of(some_rows(30)).slots(), count))
+    groups = micro_batches(slots, size)
+    assert sorted(position for group in groups for position in group) == list(range(count))
+    for group in groups:
+        assert len(group) <= size
+        assert len({(slots[p].bucket, slots[p].text.num_chunks) for p in group}) == 1
+
+
+class UniformLevels:
+    """The part of a family that noise levels pass through."""
+
+    @staticmethod
+    def density(v: Any) -> Any:
+        return v
+
+
+def levels(size: int, timesteps: str = "stratified") -> dict[tuple[str, int], float]:
+    steps = order_of(some_rows(20)).steps(0, 40, 8)
+    family: Any = UniformLevels()
+    found = {}
+    for micro in plan_micro_batches(steps, family, seed=3, size=size, timesteps=timesteps):
+        found |= dict(zip(keys(micro.slots), micro.u, strict=True))
+    return found
+
+
+def test_noise_levels_do_not_depend_on_the_micro_batch() -> None:
+    assert levels(1) == levels(3) == levels(8)
+    assert len(levels(1)) == 40
+
+
+def test_noise_levels_are_spread_over_the_whole_step() -> None:
+    values = list(levels(3).items())
+    first = order_of(some_rows(20)).steps(0, 8, 8)
+    wanted = keys(next(first).slots)
+    strata = sorted(int(u * 8) for key, u in values if key in wanted)
+    assert strata == list(range(8))
+    assert levels(3, "iid") != levels(3)
+
+
+def test_upscaled_rows_are_refused_with_the_reason() -> None:
+    rows = SizedRows(["big", "small"], [(100, 100), (32, 100)])
+    assignment = assign(rows, BUCKETS, 1.0)
+    assert assignment.kept.tolist() == [0]
+    assert "small of 100x32 px would grow" in assignment.refused[1]
+    assert assignment.reasons() == {"upscale": 1}
+    assert assign(rows, BUCKETS, 2.0).kept.tolist() == [0, 1]
+
+
+def test_an_image_of_exactly_the_bucket_is_kept() -> None:
+    rows = SizedRows(["exact", "short"], [(64, 64), (63, 64)])
+    assert assign(rows, BUCKETS, 1.0).kept.tolist() == [0]
+
+
+def test_more_than_a_fifth_refused_stops_the_run() -> None:
+    sizes = [(100, 100)] * 8 + [(20, 20)] * 2
+    rows = SizedRows([str(n) for n in range(10)], sizes)
+    require_enough(assign(rows, BUCKETS, 1.0), "train", 10)  # exactly a fifth
+    rows = SizedRows([str(n) for n in range(10)], [(20, 20), *sizes[1:]])
+    with pytest.raises(DataError, match=r"3 of 10 rows are refused \(upscale 3\)"):
+        require_enough(assign(rows, BUCKETS, 1.0), "train", 10)
+    with pytest.raises(DataError, match="has no rows"):
+        require_enough(assign(SizedRows([], []), BUCKETS, 1.0), "train", 0)
