@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from struct import unpack
 
 from sdprep.seeding import SEPARATOR, key_text
 
@@ -32,12 +33,13 @@ class Draws:
         """A float in [0, 1) for each subject; each equals `uniform(knob, subject)`."""
         prefix = self._prefix.copy()
         prefix.update(f"{SEPARATOR}{knob}{SEPARATOR}".encode())
-        found = []
+        copy = prefix.copy
+        digests = []
         for subject in subjects:
-            state = prefix.copy()
+            state = copy()
             state.update(subject.encode())
-            found.append((int.from_bytes(state.digest(), "big") >> 11) * UNIT)
-        return found
+            digests.append(state.digest())
+        return [(number >> 11) * UNIT for number in unpack(f">{len(digests)}Q", b"".join(digests))]
 
     def ordered(self, knob: str, subjects: Sequence[str]) -> list[str]:
         """The subjects by their draw, ties by name."""

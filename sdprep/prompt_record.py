@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from sdprep.errors import DataError
-from sdprep.tag_rules import normalise_tag
+from sdprep.tag_rules import normalise_tag, written_tag
 
 
 class PromptTag(NamedTuple):
@@ -30,8 +30,8 @@ class PromptRecord:
 
     Attributes:
         id: names the image in every key.
-        tags: canonical, no name twice, in the record's order (which matters to `num_keep` and to
-            `shuffle = false` only).
+        tags: canonical, no name twice, none that would be written as nothing; their order matters
+            to `num_keep` and to `shuffle = false` only.
         captions: all that there are; one is drawn by source weight.
         score: rank 1..9; None: no score tags.
     """
@@ -56,7 +56,7 @@ class PromptRecord:
         for tag in _listed(row.get("tags")):
             raw, category = (tag, None) if isinstance(tag, str) else (tag["name"], tag["category"])
             name = normalise_tag(raw or "")
-            if name and name not in tags:
+            if name and name not in tags and written_tag(name, False):
                 tags[name] = PromptTag(name, category or "general")
         captions = [
             PromptCaption(each["text"], each["source"] or "")

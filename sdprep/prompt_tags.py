@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from functools import lru_cache
+from itertools import repeat
 from statistics import NormalDist
 
-from sdprep.clip_tokens import clean_text, count_tokens
+from sdprep.clip_tokens import count_tokens
 from sdprep.prompt_draws import UNIT, Draws, weighted
 from sdprep.prompt_policy import Length, PromptPolicy, TagStyle
 from sdprep.prompt_record import PromptRecord
 from sdprep.prompt_units import Unit
 from sdprep.seeding import SEPARATOR
-from sdprep.tag_rules import normalise_tag, spaced_tag
+from sdprep.tag_rules import normalise_tag, written_tag
 
 _NORMAL = NormalDist()
-_COMMAS = re.compile(r"[\s_]*,[\s_,]*")
 _SCORE_TAGS = frozenset(f"score_{rank}{end}" for rank in range(1, 10) for end in ("", "_up"))
 
 
@@ -29,7 +27,7 @@ def candidates(record: PromptRecord, policy: PromptPolicy) -> list[str]:
         names = [name for name in names if name not in triggers]
     if record.score and policy.score.position != "none":
         names = [name for name in names if name not in _SCORE_TAGS]
-    return [name for name in names if _written(name, False)]
+    return names
 
 
 def tag_units(names: list[str], caption: str, policy: PromptPolicy, draws: Draws) -> list[Unit]:
@@ -45,12 +43,14 @@ def tag_units(names: list[str], caption: str, policy: PromptPolicy, draws: Draws
     order = [name for name in names if name in chosen and name not in keep]
     if policy.shuffle:
         order = draws.ordered("order", order)
-    units = [Unit(name, name, "tag", True) for name in keep]
-    spelled = _aliased(order, policy, draws)
-    units += [
-        Unit(name, text, "tag", name in forced) for name, text in zip(order, spelled, strict=True)
-    ]
-    return _styled(units, policy.tag_style, draws)
+    texts = [*keep, *_aliased(order, policy, draws)]
+    order = [*keep, *order]
+    texts = _styled(order, texts, policy.tag_style, draws)
+    if "" in texts:  # nothing but commas or marks is left of a name
+        pairs = [pair for pair in zip(order, texts, strict=True) if pair[1]]
+        order, texts = [name for name, _ in pairs], [text for _, text in pairs]
+    flags = [name in forced for name in order]
+    return list(map(Unit._make, zip(order, texts, repeat("tag"), flags, strict=False)))
 
 
 def _num_tags(law: Length, draws: Draws, caption: str, total: int) -> int:
@@ -63,8 +63,8 @@ def _num_tags(law: Length, draws: Draws, caption: str, total: int) -> int:
     if law.law == "empirical":
         return weighted(u, sorted((int(n), weight) for n, weight in law.weights.items()))
     if law.law == "clamped_normal":
-        # Half a step up keeps u = 0 inside the domain of the inverse.
-        return max(law.min, int(law.mean + law.sd * _NORMAL.inv_cdf(u + UNIT / 2)))
+        inside = min(max(u, UNIT / 2), 1.0 - UNIT)  # the inverse is infinite at 0 and 1
+        return max(law.min, int(law.mean + law.sd * _NORMAL.inv_cdf(inside)))
     # The upper tail, 1 - u of what lies above `min`, keeps its digits where the lower one has none.
     # An image without caption has no length to be like: the normal law stands in.
     tail = (1.0 - u) * _NORMAL.cdf((law.mean - law.min) / law.sd)
@@ -88,24 +88,12 @@ def _aliased(names: list[str], policy: PromptPolicy, draws: Draws) -> list[str]:
     return spelled
 
 
-def _styled(units: list[Unit], style: TagStyle, draws: Draws) -> list[Unit]:
+def _styled(names: list[str], texts: list[str], style: TagStyle, draws: Draws) -> list[str]:
+    """The texts with underscores or spaces; the draws are keyed by the names."""
     shares = ((0, style.underscores), (1, style.spaces), (2, style.mixed))
     kind = weighted(draws.uniform("style"), shares)
-    if kind == 2:
-        own = draws.uniforms("style.tag", [unit.subject for unit in units])
-        spaced = [u < style.mixed_space_p for u in own]
-    else:
-        spaced = [kind == 1] * len(units)
-    return [
-        Unit(unit.subject, _written(unit.text, spaces), "tag", unit.is_protected)
-        for unit, spaces in zip(units, spaced, strict=True)
-    ]
-
-
-@lru_cache(maxsize=200_000)
-def _written(name: str, spaces: bool) -> str:
-    """A tag as text. A comma would cut it in two, so commas become what joins its words."""
-    text = clean_text(name)
-    if "," in text:
-        text = _COMMAS.sub(" ", text).strip().replace(" ", "_")
-    return spaced_tag(text) if spaces else text
+    if kind < 2:
+        return [written_tag(text, kind == 1) for text in texts]
+    own = draws.uniforms("style.tag", names)
+    spaces_p = style.mixed_space_p
+    return [written_tag(text, u < spaces_p) for text, u in zip(texts, own, strict=True)]

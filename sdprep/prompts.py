@@ -16,7 +16,7 @@ from sdprep.prompt_draws import Draws, weighted
 from sdprep.prompt_policy import PromptPolicy, load_policy
 from sdprep.prompt_record import PromptCaption, PromptRecord, PromptTag, RenderedPrompt
 from sdprep.prompt_tags import candidates, tag_units
-from sdprep.prompt_units import Unit, fitted, with_gaps
+from sdprep.prompt_units import Unit, fitted, gaps_of
 
 __all__ = [
     "Draws",
@@ -63,8 +63,9 @@ def render_prompt(
     if sides:
         _add_scores(blocks, record.score, policy, draws)
     _add_triggers(blocks, policy)
-    units = with_gaps(blocks, policy, draws)
-    units, text, tokens, num_removed = fitted(units, policy.max_chunks)
+    units = [unit for block in blocks for unit in block]
+    gaps = gaps_of(blocks, policy, draws)
+    units, text, tokens, num_removed = fitted(units, gaps, policy.max_chunks)
     return RenderedPrompt(
         text,
         dropped=False,

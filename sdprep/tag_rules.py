@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+from sdprep.clip_tokens import clean_text
+
 ImplicationMode = Literal["add", "drop_ancestors", "off"]
 
+_COMMAS = re.compile(r"[\s_]*,[\s_,]*")
 _ESCAPED = re.compile(r"\\([()])")
 
 
@@ -49,6 +52,19 @@ def spaced_tag(name: str) -> str:
     if len(name) <= 3 or is_emoticon(name):
         return name
     return " ".join(name.replace("_", " ").split()) or name
+
+
+@lru_cache(maxsize=400_000)
+def written_tag(name: str, spaces: bool) -> str:
+    """A tag as prompts write it: text made plain, with `_` or spaces; empty if nothing is left.
+
+    A comma would cut the tag in two, so commas become what joins its words.
+    """
+    text = clean_text(name)
+    if "," in text:
+        text = _COMMAS.sub(" ", text).strip()
+    text = text.replace(" ", "_")
+    return spaced_tag(text) if spaces else text
 
 
 def cycle_members(links: Mapping[str, Iterable[str]]) -> dict[str, int]:
