@@ -21,7 +21,8 @@ from sdprep.stages import (
 )
 from sdprep.table import PhotoTable
 
-STAGES = ("ingest", "annotate", "tags", "dedup", "select", "split", "publish")
+STAGES = ("ingest", "annotate", "tags", "select", "dedup", "split", "publish")
+"""Selection comes before duplicates: the best of a group is the best of what is wanted."""
 
 
 def run_recipe(
@@ -76,10 +77,10 @@ def _work(
         work.append(("annotate", lambda: {"annotators": annotate_stage(table, jobs)}))
     if recipe.tags is not None or recipe.tag or recipe.caption:
         work.append(("tags", lambda: compose_stage(table, recipe.tags)))
-    if recipe.duplicates is not None:
-        work.append(("dedup", lambda: duplicates_stage(table, recipe.duplicates)))
     if recipe.select is not None:
         work.append(("select", lambda: select_stage(table, recipe.select)))
+    if recipe.duplicates is not None:
+        work.append(("dedup", lambda: duplicates_stage(table, recipe.duplicates)))
     if recipe.split is not None:
         split = _seeded(recipe.split, recipe.seed)
         work.append(("split", lambda: split_stage(table, split)))
@@ -108,7 +109,7 @@ def plan(recipe: PrepRecipe) -> list[tuple[str, Report]]:
         steps.append(("ingest", settings))
     for _, column, _ in recipe.annotators():
         steps.append(("annotate", {"column": column, **_left(table, column)}))
-    for name in ("tags", "duplicates", "select", "split", "publish"):
+    for name in ("tags", "select", "duplicates", "split", "publish"):
         section = getattr(recipe, name)
         if section is not None:
             shown = section.model_dump(exclude_none=True, exclude_unset=True, mode="json")

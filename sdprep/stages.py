@@ -34,14 +34,16 @@ def ingest_stage(table: PhotoTable, source: Any, **how: Any) -> Report:
         return ingest(table, source, **how).to_json()
 
 
-def source_from(place: str, type_: str, settings: list[str]) -> Any:
-    """The source that a path stands for.
+def source_from(place: str, type_: str, settings: list[str], given: Report) -> Any:
+    """The source that a path stands for; `given` holds options that have a flag of their own.
 
     Raises:
         UserError: no such kind, option or folder.
     """
     name = "folder" if type_ == "auto" else type_
-    return options(plugins.config_for("source", name), settings, type=name, path=place).build()
+    return options(
+        plugins.config_for("source", name), settings, type=name, path=place, **given
+    ).build()
 
 
 def preview_source(source: Any) -> Report:
