@@ -1,4 +1,4 @@
-"""The nouns of training: a batch, and the sizes that SDXL-like models are told about."""
+"""The nouns of training: a batch, and the sizes that some models are told about."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MicroConditioning:
     target_size_hw: tuple[int, int]
 
     def time_ids(self) -> list[int]:
-        """The six numbers in the order that the SDXL pipeline uses.
+        """The six numbers in the order that diffusers pipelines use.
 
         Swapped height and width have broken several public trainers, so no other place in the
         program may put them together.

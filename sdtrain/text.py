@@ -39,7 +39,7 @@ def tokenize(tokenizer: Any, prompt: str, max_chunks: int, split: Split = "hard"
     """Cut a prompt into wrapped chunks.
 
     Args:
-        tokenizer: CLIP's; its `pad_token_id` fills up after EOS (SDXL's second one pads with 0).
+        tokenizer: CLIP's; its `pad_token_id` fills up after EOS (some pad with 0).
         prompt: rendered text; the empty string gives one chunk of BOS and EOS.
         max_chunks: chunks kept; what is cut off is counted.
         split: `hard` cuts after 75 tokens; `comma` goes back to the last comma within 20 tokens.
