@@ -136,5 +136,5 @@ def tensor_hash(tensor: Tensor) -> str:
     """Hex of a 128-bit blake2b over a tensor's dtype, shape and bytes."""
     data = tensor.detach().to("cpu").contiguous()
     hasher = blake2b(f"{data.dtype} {tuple(data.shape)} ".encode(), digest_size=16)
-    hasher.update(memoryview(data.view(-1).view(torch.uint8).numpy()))
+    hasher.update(data.view(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
