@@ -109,9 +109,13 @@ def split_stage(table: PhotoTable, config: Any, *, redo: bool = False) -> Report
 
 def publish_stage(table: PhotoTable, config: Any, policy: Any, recipe_text: str = "") -> Report:
     """Write the prepared data set."""
+    from sdprep.prompt_rows import spellings
     from sdprep.publish import publish
 
-    return publish(table, config=config, policy=policy, recipe_text=recipe_text).to_json()
+    report = publish(
+        table, config=config, policy=policy, spellings=spellings(table), recipe_text=recipe_text
+    )
+    return report.to_json()
 
 
 # --- options from the command line ---------------------------------------------------------------
@@ -155,11 +159,10 @@ def tags_config(
     table: PhotoTable, aliases: Path | None, implications: Path | None, blacklist: Path | None
 ) -> Any:
     """What composes the tags: the lists given, else those of the last time."""
-    from sdprep.tag_lists import read_names
     from sdprep.tags import TagsConfig
 
     given: Report = json.loads(table.notes("tags").get("tags_config", "{}"))
     given |= {"aliases": str(aliases)} if aliases else {}
     given |= {"implications": str(implications)} if implications else {}
-    given |= {"blacklist": list(read_names(blacklist))} if blacklist else {}
+    given |= {"blacklist": str(blacklist)} if blacklist else {}
     return validate(given, TagsConfig, "the command line")

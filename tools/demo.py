@@ -49,7 +49,10 @@ def prepare(to: Path) -> Path:
     step("photos in, a prepared data set out", "sdprep", "run", str(RECIPE), *places)
     step("the same command again finds nothing left to do", "sdprep", "run", str(RECIPE), *places)
     step("where the table stands", "sdprep", "status", str(table))
-    step("the text that a trainer will see", "sdprep", "prompts", str(table), "--count", "3")
+    policy = ["--policy", str(RECIPE)]
+    step(
+        "the text that a trainer will see", "sdprep", "prompts", str(table), "--count", "3", *policy
+    )
     step("the published split, checked again", "sdprep", "split", str(prepared), "--verify")
     return prepared
 

@@ -1,0 +1,126 @@
+"""Prompts and their statistics, for people and as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sdprep.commands.text import grid
+from sdprep.prompt_policy import PromptPolicy, load_policy
+from sdprep.table import PhotoTable
+
+_BAR = 40
+
+
+def read_policy(path: Path | None) -> PromptPolicy:
+    """A policy file, or the defaults."""
+    return load_policy(path) if path else PromptPolicy()
+
+
+def preview(
+    table: PhotoTable, files: list[Path | None], count: int, visit: int, seed: int
+) -> tuple[dict[str, Any], str]:
+    """The exact texts of the first images, under one policy or two."""
+    from sdprep.prompt_rows import prompt_rows, with_spellings
+    from sdprep.prompt_stats import changed_knobs, compare, previews
+
+    rows = prompt_rows(table)
+    policies = [with_spellings(read_policy(file), table, rows) for file in files]
+    shown = rows[:count]
+    if len(policies) == 1:
+        found = list(previews(shown, policies[0], seed, visit=visit))
+        return {"prompts": found}, "\n\n".join(_prompt_text(prompt) for prompt in found)
+    pairs = list(compare(shown, policies[0], policies[1], seed, visit=visit))
+    knobs = changed_knobs(policies[0], policies[1])
+    lines = [f"{knob}: {was} → {now}" for knob, (was, now) in knobs.items()]
+    for pair in pairs:
+        lines += [
+            "",
+            pair["id"],
+            f"  1 {pair['first']['text']!r}",
+            f"  2 {pair['second']['text']!r}",
+        ]
+    return {"prompts": pairs, "changed": knobs}, "\n".join(lines)
+
+
+def _prompt_text(prompt: dict[str, Any]) -> str:
+    facts = f"{prompt['tags']} tags, {prompt['tokens']} tokens, {prompt['chunks']} chunks"
+    if prompt["dropped"]:
+        facts += ", dropped"
+    if prompt["removed"]:
+        facts += f", {prompt['removed']} cut off"
+    return f"{prompt['id']}  {facts}\n  {prompt['text']!r}"
+
+
+def statistics(
+    table: PhotoTable, files: list[Path | None], seed: int, to: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Histograms under one policy or two."""
+    from sdprep.prompt_rows import prompt_rows, with_spellings
+    from sdprep.prompt_stats import statistics as count
+
+    rows = prompt_rows(table)
+    policies = [with_spellings(read_policy(file), table, rows) for file in files]
+    counted = [count(rows, policy, seed) for policy in policies]
+    if to:
+        draw_statistics(counted, to)
+    text = "\n\n".join(_statistics_text(each) for each in counted)
+    return (counted[0] if len(counted) == 1 else {"policies": counted}), text
+
+
+def _statistics_text(found: dict[str, Any]) -> str:
+    shares = "  ".join(f"{name} {share:.1%}" for name, share in found["shares"].items())
+    lines = [
+        f"{found['prompts']:,} prompts of {found['images']:,} images; "
+        f"mean {found['means']['tags']:.1f} tags, {found['means']['tokens']:.1f} tokens",
+        shares,
+    ]
+    for name in ("tokens", "tags"):
+        lines += ["", f"{name} per prompt", *_bars(found[name])]
+    if found["score_tags"]:
+        scores = found["score_tags"].items()
+        lines += ["", grid(["score tag", "share %"], [[name, 100 * s] for name, s in scores])]
+    exposed = found["exposure"]
+    lines.append(
+        f"\n{exposed['distinct_tags']:,} tags, {exposed['never_shown']:,} of them never shown; "
+        "least exposed:"
+    )
+    rows = [[t["name"], t["prompts"], t["offered"]] for t in exposed["least_exposed"][:5]]
+    lines.append(grid(["tag", "shown", "offered"], rows))
+    return "\n".join(lines)
+
+
+def _bars(histogram: dict[str, int]) -> list[str]:
+    most = max(histogram.values(), default=1)
+    return [
+        f"{value:>5} {'█' * round(_BAR * count / most):<{_BAR}} {count:,}"
+        for value, count in histogram.items()
+    ]
+
+
+def draw_statistics(counted: list[dict[str, Any]], to: Path) -> None:
+    """Draw tags and tokens per prompt as a PNG, policies side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    width = 0.8 / len(counted)
+    for axis, name, bin_width in zip(axes, ("tags", "tokens"), (1, 15), strict=True):
+        for place, found in enumerate(counted):
+            total = sum(found[name].values()) or 1
+            left = [int(value) + bin_width * width * place for value in found[name]]
+            shares = [100 * count / total for count in found[name].values()]
+            label = f"policy {place + 1}" if len(counted) > 1 else None
+            axis.bar(left, shares, width=bin_width * width, align="edge", label=label)
+        axis.set(xlabel=f"{name} per prompt", ylabel="% of prompts")
+        axis.spines[["top", "right"]].set_visible(False)
+        if name == "tokens":
+            for edge in (75, 150, 225):
+                axis.axvline(edge, color="grey", linewidth=0.8, linestyle=":")
+        if len(counted) > 1:
+            axis.legend(frameon=False)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, dpi=120)
+    pyplot.close(figure)
