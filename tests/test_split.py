@@ -371,6 +371,19 @@ def test_needs_of_strata_never_pass_what_is_lacking_in_all() -> None:
     assert found.splits.count(VALIDATION) == 12
     held = Counter(s for s, side in zip(strata, found.splits, strict=True) if side == VALIDATION)
     assert held == {"a": 8, "b": 2, "c": 2}
+    stored[20:36] = [TRAIN] * 16  # b has four new images left, c twenty; both lack four
+    found = split(ids, Wanted(count=12), strata=strata, stored=stored)
+    held = Counter(s for s, side in zip(strata, found.splits, strict=True) if side == VALIDATION)
+    assert held == {"a": 8, "b": 2, "c": 2}
+
+
+def test_what_a_stratum_cannot_give_the_others_do() -> None:
+    ids = ids_of(60)
+    strata = ["a"] * 30 + ["b"] * 30
+    stored: list[str | None] = [TRAIN] * 29 + [None] * 31
+    found = split(ids, Wanted(count=20), strata=strata, stored=stored)
+    held = Counter(s for s, side in zip(strata, found.splits, strict=True) if side == VALIDATION)
+    assert held == {"a": 1, "b": 19}
 
 
 A, B, C, D = ids_of(4, "case")
