@@ -20,6 +20,7 @@ from PIL import Image
 import sdprep.prepared_files
 from sdprep.errors import DataError, RecipeError, UserError
 from sdprep.images import open_image
+from sdprep.prepared_files import ShardWriter
 from sdprep.prepared_rows import _source_name
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.publish import PublishConfig, publish
@@ -299,6 +300,19 @@ def test_growth_leaves_full_shards_as_they_are(
     assert sum(rows) == 32
     groups = pq.ParquetFile(tmp_path / "out/data/train-00000.parquet").metadata
     assert groups.row_group(0).num_rows == 3
+
+
+def test_shards_are_full_and_never_over_their_limit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(tmp_path, "train", 1)
+    for number in range(150):
+        image = {"bytes": rng.bytes(20_000), "path": "x.jpg"}
+        empty: dict[str, Any] = dict.fromkeys(PREPARED.names)
+        writer.add(empty | {"id": f"{number:032x}", "image": image})
+    writer.close()
+    sizes = [path.stat().st_size for path in sorted(tmp_path.iterdir())]
+    assert max(sizes) <= 1_000_000
+    assert min(sizes[:-1]) > 700_000
 
 
 def test_pictures_are_chunked_by_content_and_stored_plain(

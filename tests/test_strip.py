@@ -144,6 +144,15 @@ def test_jpeg_orientation_written_in_xmp_alone_survives() -> None:
         assert image.getexif()[0x0112] == 8
 
 
+def test_thumbnail_within_jfif_goes() -> None:
+    data = saved(photo(), "JPEG")
+    assert data[4:6] == b"\0\x10"
+    thumbnail = b"\0SECRET-pixel" * 3  # 3 x 4 pixels of RGB
+    head = segment(0xE0, data[6:18] + b"\x03\x04" + thumbnail[:36])
+    stripped = strip_metadata(data[:2] + head + data[20:], "JPEG")
+    assert stripped == data
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "L"])
 def test_jpeg_modes_keep_their_colour_flag(mode: str) -> None:
     data = saved(photo(mode=mode), "JPEG", comment=MARK)
@@ -204,6 +213,8 @@ def test_webp_loses_exif_and_xmp(lossless: bool, mode: str, orientation: int) ->
     assert SECRET not in stripped
     assert b"XMP " not in stripped
     assert struct.unpack_from("<I", stripped, 4)[0] == len(stripped) - 8
+    assert stripped[12:16] == b"VP8X"
+    assert stripped[20] & 0x0C == (0x08 if orientation == 3 else 0)  # EXIF, XMP
     assert_same_picture(data, stripped)
     with Image.open(io.BytesIO(stripped)) as opened:
         assert dict(opened.getexif()) == ({0x0112: 3} if orientation == 3 else {})
