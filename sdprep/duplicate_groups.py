@@ -133,6 +133,17 @@ def best_of_groups(
     return better
 
 
+def gave_way(ids: Sequence[str], reasons: Sequence[str | None]) -> dict[int, int]:
+    """What `best_of_groups` returned, read back from `reject_duplicates`."""
+    rows = {id_: row for row, id_ in enumerate(ids)}
+    better = {}
+    for row, reason in enumerate(reasons):
+        kind, _, best = (reason or "").partition(":")
+        if kind == "duplicate_of" and best in rows:
+            better[row] = rows[best]
+    return better
+
+
 def unite_tags(
     ids: Sequence[str],
     tags: Sequence[Sequence[Tag] | None],
@@ -143,8 +154,7 @@ def unite_tags(
 
     A tag keeps its source and score. Not passed on: tags that describe the file (`OF_THE_FILE`),
     ratings where there is one already, and what a person took off the image that stays. Uniting
-    twice is the same as once. Composition rewrites `tags`, so it has to unite again afterwards;
-    everything needed stands in `reject_duplicates`.
+    twice is the same as once. Composition rewrites `tags` and unites them again (`gave_way`).
 
     Args:
         ids: of the rows.

@@ -47,6 +47,8 @@ from sdprep.recipe import Section
 from sdprep.schema import FOLDS
 from sdprep.signatures import COLUMN, SignatureViews
 from sdprep.table import PhotoTable
+from sdprep.tag_composition import read_edits
+from sdprep.tag_rules import normalise_tag
 
 MAX_EXHAUSTIVE = 50_000  # images; two to five minutes of one core
 
@@ -227,11 +229,8 @@ def _unite_tags(table: PhotoTable, ids: list[str], better: dict[int, int]) -> No
         return
     stored = table.read(["id", "tags"])
     by_id = dict(zip(stored["id"].to_pylist(), stored["tags"].to_pylist(), strict=True))
-    removed = [
-        (action.get("id", ""), action.get("tag", ""))
-        for action in table.journal().fold()
-        if action["action"] == "remove_tag"
-    ]
+    edits = read_edits(table.journal().fold())
+    removed = [(id_, normalise_tag(tag)) for id_, edit in edits.items() for tag in edit.removed]
     united = unite_tags(ids, [by_id[id_] for id_ in ids], better, removed)
     if united:
         changed = [ids[row] for row in united]

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from sdprep.console import say, warn
+from sdprep.duplicate_groups import gave_way, unite_tags
 from sdprep.recipe import Section
 from sdprep.schema import FOLDS, TAG_CATEGORIES
 from sdprep.tag_composition import RawTag, TagEdits, compose_row, read_edits
@@ -150,10 +151,29 @@ def compose_tags(table: PhotoTable, config: TagsConfig) -> dict[str, int]:
                 else pa.array([], FOLDS[name])
             )
         notes = {"tags_config": json.dumps(config.model_dump(mode="json"), sort_keys=True)}
-        table.write_fold(rows["id"].to_pylist(), values, stage="tags", notes=notes)
+        ids = rows["id"].to_pylist()
+        values["tags"] = _united(table, ids, values["tags"], edits)
+        table.write_fold(ids, values, stage="tags", notes=notes)
     order = ("added", "aliased", "implied", "blacklisted")
     extra = ("deprecated", "ancestors", "human", "below_threshold", "images")
     return {name: counts[name] for name in order + extra}
+
+
+def _united(
+    table: PhotoTable, ids: list[str], tags: pa.Array, edits: Mapping[str, TagEdits]
+) -> pa.Array:
+    """The tags, where images that stay have those of the duplicates that gave way to them, too."""
+    if not table.has("reject_duplicates"):
+        return tags
+    reasons = table.read(["reject_duplicates"], "reject_ingest IS NULL")["reject_duplicates"]
+    better = gave_way(ids, reasons.to_pylist())
+    if not better:
+        return tags
+    lists = tags.to_pylist()
+    removed = [(id_, normalise_tag(tag)) for id_, edit in edits.items() for tag in edit.removed]
+    for row, united in unite_tags(ids, lists, better, removed).items():
+        lists[row] = united
+    return pa.array(lists, FOLDS["tags"])
 
 
 def _readers(table: PhotoTable) -> dict[str, str]:

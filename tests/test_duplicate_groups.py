@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sdprep.duplicate_groups import (
     Quality,
     best_of_groups,
+    gave_way,
     group_edges,
     links,
     members,
@@ -84,6 +85,12 @@ def test_tags_are_united_once_without_what_is_of_the_file() -> None:
     assert united == {0: [*tags[0], tag("sofa")]}
     assert unite_tags(ids, [united[0], *tags[1:]], better, [("a", "red")]) == {}
     assert unite_tags(ids, [None, None, None], better) == {}
+
+
+def test_who_gave_way_is_read_back_from_the_reasons() -> None:
+    reasons = ["duplicate_of:c", None, None, "duplicate_of:gone", "by hand"]
+    assert gave_way(list("abcde"), reasons) == {0: 2}
+    assert gave_way([], []) == {}
 
 
 def test_sets_join_parents_and_children_of_one_source() -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 from sdprep.duplicates import DuplicatesConfig, find_duplicates
 from sdprep.errors import UserError
 from sdprep.near_search import Views, compare_all
-from sdprep.schema import CORE, FOLDS
+from sdprep.schema import CORE, SCORED_TAG
 from sdprep.table import PhotoTable
-from tests.test_duplicate_groups import tag
+from sdprep.tags import TagsConfig, compose_tags
 from tests.test_near_edges import encoded, family
 
 
@@ -153,24 +153,40 @@ def test_posts_of_one_parent_share_a_split_and_both_stay(table: PhotoTable) -> N
     assert set(column(table, "group_id").values()) == {min(ids)}
     assert column(table, "dup_id") == {id_: id_ for id_ in ids}
     assert (report.rejected, report.edges["sets"]) == (0, 1)
+    with table.writer():
+        table.update_rows(ids, {"text": pa.nulls(2, CORE.field("text").type)})
+    assert find_duplicates(table).edges["sets"] == 0
+    assert set(column(table, "group_id").values()) == {min(ids)}  # groups never split
 
 
 def test_the_best_one_gets_the_tags_of_all(table: PhotoTable) -> None:
     ids = add(table, FILES[:2])
-    words = {ids[0]: "cat", ids[1]: "sofa"}
+    words = {ids[0]: ("cat", "red"), ids[1]: ("sofa", "sky")}
+    raw = [
+        {"tags": [{"name": name, "p": 1.0, "category": "general"} for name in words[id_]]}
+        for id_ in ids
+    ]
+    type_ = pa.struct({"tags": pa.list_(SCORED_TAG)})
     with table.writer():
-        tags = pa.array([[tag(words[id_])] for id_ in ids], FOLDS["tags"])
-        table.write_fold(ids, {"tags": tags}, stage="tags", notes={"policy": "kept"})
+        table.write_fold(ids, {"tags_sidecar": pa.array(raw, type_)}, stage="tag")
+    compose_tags(table, TagsConfig())
+    notes = table.notes("tags")
     find_duplicates(table)
     gone = next(id_ for id_, reason in column(table, "reject_duplicates").items() if reason)
     best = next(id_ for id_ in ids if id_ != gone)
     found = column(table, "tags")
-    assert [tag_["name"] for tag_ in found[best]] == [words[best], words[gone]]
-    assert [tag_["name"] for tag_ in found[gone]] == [words[gone]]
-    assert table.notes("tags")["policy"] == "kept"
+    assert {tag["name"] for tag in found[best]} == {*words[best], *words[gone]}
+    assert {tag["name"] for tag in found[gone]} == {*words[gone]}
+    assert table.notes("tags") == notes
     version = table.version
+    compose_tags(table, TagsConfig())  # composition unites them again
     find_duplicates(table)
     assert table.version == version
+    table.journal().append({"action": "remove_tag", "id": best, "tag": words[gone][1]})
+    compose_tags(table, TagsConfig())
+    find_duplicates(table)
+    left = {tag["name"] for tag in column(table, "tags")[best]}
+    assert left == {*words[best], words[gone][0]}  # what people take off stays off
 
 
 def test_the_score_decides_between_equals(table: PhotoTable) -> None:
