@@ -51,18 +51,30 @@ def undo(
 
 def show(
     table: Table,
-    id_: Annotated[str, typer.Argument(metavar="ID", help="Id, its start, or a file name.")],
-    to: Annotated[
-        Path | None, typer.Option(help="Also write the picture, as stages see it.")
+    id_: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Id, its start, or a file name.")
     ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Picture to write; without ID a sheet of what was decided.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 40,
     json_: Json = False,
 ) -> None:
-    """Everything that is known about one image."""
+    """Everything that is known about one image, or a picture of what was decided."""
     from sdprep.commands.text import row_text
+    from sdprep.errors import UserError
     from sdprep.status import find_row, save_picture
     from sdprep.table import PhotoTable
 
     opened = PhotoTable.open(table)
+    if id_ is None:
+        if to is None:
+            raise UserError("show needs an ID, or --to PNG for a sheet of what was decided")
+        from sdprep.contact_sheet import draw_sheet
+
+        report = draw_sheet(opened, to, count)
+        show_report(report, json_, f"drew {report['shown']} of {report['images']} images: {to}")
+        return
     row = find_row(opened, id_)
     if to:
         save_picture(opened, row, to)
