@@ -65,7 +65,8 @@ def optimizer_state(
         names: `id(parameter)` to canonical path.
 
     Returns:
-        tensors by `<path>/<name>`; and plain values: groups and per-parameter ones.
+        tensors by `<path>/<name>`, on the CPU the optimizer's own, so write them before the next
+        step; and plain values: groups and per-parameter ones.
     """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,200 @@
+"""Stopping and going on, gently or by kill -9, ends in the same bytes as never stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdprep.errors import UserError
+from sdtrain import checkpoint, trainer
+from sdtrain.recipe import load_train_recipe
+from sdtrain.run_folder import RunFolder
+from sdtrain.trackers.jsonl import read_metrics
+
+torch.set_num_threads(1)
+
+Recipe = Callable[..., Path]
+JUDGED = (
+    *("validation.images=1", "validation.train_probe_images=1"),
+    *("validation.timesteps_per_image=2", "validation.every_samples=10"),
+)
+
+
+def run(path: Path, *overrides: str, **options: Any) -> trainer.Outcome:
+    return trainer.train(load_train_recipe(path, overrides), **options)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, optimizer, state of the clock, and every line of the metrics."""
+    ends = [
+        checkpoint.read(checkpoint.checkpoints(path / "checkpoints")[-1]) for path in (one, other)
+    ]
+    assert ends[0].samples_seen == ends[1].samples_seen
+    for kind in ("trained", "optimizer"):
+        a, b = getattr(ends[0], kind), getattr(ends[1], kind)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), kind
+    for key in ("loss_fit", "effort", "step", "evaluations"):
+        assert ends[0].state[key] == ends[1].state[key]
+    assert read_metrics(one / "metrics.jsonl") == read_metrics(other / "metrics.jsonl")
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Send this very process a SIGTERM after so many steps, once."""
+    original, left = trainer.take_step, [0]
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        line = original(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return line
+
+    def after(steps: int) -> None:
+        left[0] = steps
+
+    monkeypatch.setattr(trainer, "take_step", counted)
+    return after
+
+
+def test_stopped_anywhere_it_ends_in_the_same_bytes(
+    train_recipe: Recipe, stop_after: Callable[[int], None]
+) -> None:
+    whole, parts = train_recipe(output="whole"), train_recipe(output="parts")
+    assert run(whole, *JUDGED).is_finished
+    for steps, expected in ((1, 4), (2, 12), (1, 16)):  # 14 rows: 16 lies in the second epoch
+        stop_after(steps)
+        outcome = run(parts, *JUDGED)
+        assert (outcome.samples_seen, outcome.is_finished) == (expected, False)
+    stop_after(0)
+    assert run(parts, *JUDGED, "data.micro_batch_size=2", "data.workers=0").is_finished
+    assert_same_end(whole.parent / "whole", parts.parent / "parts")
+    matrices = sorted(
+        path.relative_to(whole.parent / "whole").as_posix()
+        for path in (whole.parent / "whole" / "validation").rglob("*.npz")
+    )
+    assert len(matrices) == 8
+    for name in matrices:
+        mine, theirs = ((p.parent / p.stem / name).read_bytes() for p in (whole, parts))
+        assert mine == theirs
+
+
+def test_a_finished_run_stays_as_it_is(train_recipe: Recipe) -> None:
+    path = train_recipe()
+    first = run(path, "train.samples=5")
+    before = {p: p.stat().st_mtime_ns for p in (path.parent / "run").rglob("*") if p.is_file()}
+    assert run(path, "train.samples=5") == first
+    after = {p: p.stat().st_mtime_ns for p in (path.parent / "run").rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_a_changed_recipe_is_refused_until_it_is_accepted(train_recipe: Recipe) -> None:
+    path = train_recipe()
+    run(path, "train.samples=8")
+    with pytest.raises(UserError) as caught:
+        run(path, "train.samples=12", "data.batch_size=2", "optimizer.eps=1e-7")
+    for words in ("train.samples: 8 -> 12", "data.batch_size: 4 -> 2", "optimizer.eps"):
+        assert words in caught.value.message
+    outcome = run(path, "train.samples=12", accept=["train.samples"])
+    assert outcome.samples_seen == 12
+    seen = [line["samples_seen"] for line in read_metrics(path.parent / "run" / "metrics.jsonl")]
+    assert seen == [4, 8, 12]
+    assert load_train_recipe(path.parent / "run" / "recipe.toml").train.samples == 12
+
+
+def test_changed_data_is_refused_and_moved_data_is_not(
+    train_recipe: Recipe, prepared_folder: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from tests.train_data import prepared_row, write_prepared
+
+    run(train_recipe(), "train.samples=5")
+    moved = shutil.copytree(prepared_folder, tmp_path / "moved")
+    assert run(train_recipe(data=moved), "train.samples=5").is_finished
+    rows = [prepared_row(number) for number in range(18)]
+    rows[3]["caption"] = "something else"
+    edited = write_prepared(tmp_path / "edited", rows[:14], rows[14:])
+    with pytest.raises(UserError, match="data_fingerprint"):
+        run(train_recipe(data=edited), "train.samples=5")
+
+
+def test_never_and_a_path(train_recipe: Recipe, tmp_path: Path) -> None:
+    path = train_recipe()
+    run(path, "train.samples=12")
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        run(path, "train.samples=12", resume="never")
+    with pytest.raises(UserError, match="is no checkpoint"):
+        run(path, "train.samples=12", resume=str(tmp_path / "nowhere"))
+    folder = RunFolder(path.parent / "run")
+    before = read_metrics(folder.metrics)
+    old = checkpoint.read(folder.checkpoints / "12")
+    assert run(path, "train.samples=12", resume=str(folder.checkpoints / "8")).is_finished
+    new = checkpoint.read(folder.checkpoints / "12")
+    assert all(torch.equal(old.trained[key], new.trained[key]) for key in old.trained)
+    assert read_metrics(folder.metrics) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(train_recipe: Recipe) -> None:
+    path = train_recipe(output="photos")
+    (path.parent / "photos").mkdir()
+    (path.parent / "photos" / "cat.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="is no run folder"):
+        run(path)
+
+
+def test_two_processes_do_not_write_one_run(train_recipe: Recipe) -> None:
+    path = train_recipe()
+    code = (
+        "import sys, time; from pathlib import Path; from sdtrain.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).writing(): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(path.parent / "run")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {holder.pid}"):
+            run(path)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert RunFolder(path.parent / "run").writing().__enter__() is None  # died with its holder
+
+
+def command(path: Path) -> list[str]:
+    return [sys.executable, "-m", "sdtrain.cli", "run", str(path), "--json"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_in_the_same_weights(train_recipe: Recipe) -> None:
+    whole, killed = train_recipe(output="whole"), train_recipe(output="killed")
+    run(whole)
+    chance = random.Random(os.urandom(8))  # a new moment every time the test runs
+    metrics = killed.parent / "killed" / "metrics.jsonl"
+    for least in (chance.randint(1, 3), chance.randint(2, 6)):
+        process = subprocess.Popen(
+            command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and len(read_metrics(metrics)) < least:
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.4)
+        process.kill()
+        process.wait()
+    done = subprocess.run(command(killed), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["is_finished"] is True
+    assert_same_end(whole.parent / "whole", killed.parent / "killed")
