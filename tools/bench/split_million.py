@@ -68,9 +68,10 @@ def main() -> int:
                 report = split_table(table, config, redo=True)
                 seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
                 slowest = max(slowest, seconds)
+                compared = report.certificate["cross_split"]["compared"]
                 print(
                     f"{report.certificate['mode']}: {report.validation:,} of {num_rows:,} held out "
-                    f"in {seconds:.1f} s ({cpu:.1f} s of processor); compared {report.certificate['cross_split']['compared']}"
+                    f"in {seconds:.1f} s ({cpu:.1f} s of processor); compared {compared}"
                 )
             start = time.perf_counter()
             is_ok = verify(table).ok
