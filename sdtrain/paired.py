@@ -6,6 +6,7 @@ changed on other images of the same kind? The first is far narrower.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ class Comparison:
         ci95_percent: interval on this set; None with one image or one level.
         ci95_new_images_percent: interval for new images; None with one image.
         resolves_percent: two standard errors on this set.
+        p_value: of no change on this set, two-sided; None where there is no interval.
         num_images: n.
         num_levels: m.
     """
@@ -34,6 +36,7 @@ class Comparison:
     ci95_percent: tuple[float, float] | None
     ci95_new_images_percent: tuple[float, float] | None
     resolves_percent: float | None
+    p_value: float | None
     num_images: int
     num_levels: int
 
@@ -83,6 +86,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
         ci95_percent=_interval(change, error, freedom),
         ci95_new_images_percent=_interval(change, new_error, n - 1),
         resolves_percent=None if error is None else 2 * error,
+        p_value=_p_value(change, error, freedom),
         num_images=n,
         num_levels=m,
     )
@@ -113,6 +117,33 @@ def _interval(center: float, error: float | None, freedom: float) -> tuple[float
         return None
     half = _t(freedom) * error
     return center - half, center + half
+
+
+def _p_value(center: float, error: float | None, freedom: float) -> float | None:
+    from scipy.stats import t
+
+    if error is None:
+        return None
+    if error == 0:
+        return 1.0 if center == 0 else 0.0
+    return float(2 * t.sf(abs(center) / error, freedom))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for being many: each look at one data set is one more chance to be fooled.
+
+    Args:
+        p_values: one per comparison.
+
+    Returns:
+        adjusted ones in the same order; reject where they are at most 0.05.
+    """
+    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[at]))
+        adjusted[at] = largest
+    return adjusted
 
 
 def _t(freedom: float) -> float:

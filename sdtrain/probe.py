@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -97,16 +98,18 @@ class Probe:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read the probe {path}: {error}") from None
-        if data.get("version") != PROBE_VERSION:
-            raise DataError(
-                f"{path} has probe version {data.get('version')}, expected {PROBE_VERSION}"
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != PROBE_VERSION:
+            raise DataError(f"{path} has probe version {version}, expected {PROBE_VERSION}")
+        try:
+            images = tuple(
+                ProbeImage(image["id"], image["prompt"], tuple(image["bucket_hw"]))
+                for image in data["images"]
             )
-        images = tuple(
-            ProbeImage(image["id"], image["prompt"], tuple(image["bucket_hw"]))
-            for image in data["images"]
-        )
-        warp = Warp(tuple(data["warp"]["steps"]))
-        probe = cls(**{**data, "images": images, "warp": warp})
+            warp = Warp(tuple(data["warp"]["steps"]))
+            probe = cls(**{**data, "images": images, "warp": warp})
+        except (KeyError, TypeError, AssertionError) as error:
+            raise DataError(f"{path} is no probe: {error!r}") from None
         if path.parent.name != probe.probe_id and len(path.parent.name) == len(probe.probe_id):
             raise DataError(f"{path} was edited: its content is {probe.probe_id}")
         return probe
@@ -163,5 +166,5 @@ class LossMatrix:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return cls(file["loss"], file["u"], file["density"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise DataError(f"{path} is no loss matrix: {error}") from None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from sdprep.prompts import PromptPolicy, validation_prompt
+from typing import TYPE_CHECKING, Any
 
 from sdprep.buckets import Bucket
 from sdprep.console import warn
 from sdprep.errors import DataError
+from sdprep.prompts import PromptPolicy, validation_prompt
 from sdprep.seeding import digest, integer
 from sdtrain.buckets import Assignment
 from sdtrain.dataset import Rows
@@ -26,18 +26,25 @@ if TYPE_CHECKING:
 _RECORDS_AT_ONCE = 256
 
 
-def open_probes(setup: Setup, folder: Path, samples_seen: int = 0) -> list[ProbeSet]:
+def open_probes(
+    setup: Setup,
+    folder: Path,
+    samples_seen: int = 0,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+) -> list[ProbeSet]:
     """The sets that a run is judged by, made at sample 0 and found again afterwards.
 
     Args:
         setup: the run; at sample 0 its model is what the pilot looks at.
         folder: `validation/` of the run.
         samples_seen: the clock.
+        evaluations: validation lines so far; they name the probes that the run began with.
 
     Raises:
         DataError: the run has started and its probe is gone, or a set has no usable image.
     """
     wanted = setup.recipe.validation
+    begun = {str(line["set"]): str(line["probe_id"]) for line in evaluations}
     sets = []
     for name, rows, assignment, count in (
         ("validation", setup.data.validation, setup.validation, wanted.images),
@@ -46,65 +53,78 @@ def open_probes(setup: Setup, folder: Path, samples_seen: int = 0) -> list[Probe
         if not count:
             continue
         if rows is None or assignment is None or not len(assignment.kept):
-            warn(f"the data set has no {name} images: only the other set is evaluated")
+            warn(f"the data set has no {name} images, so nothing is evaluated on that set")
             continue
-        sets.append(_open(name, setup, rows, assignment, count, folder, samples_seen))
+        plain = _plain(name, setup, rows, assignment, count)
+        probe = _shared(setup, plain) or _begun(folder, plain, begun.get(name), samples_seen)
+        if probe is None:
+            probe = with_pilot(ProbeSet(setup.family, rows, plain, 1, setup.device))
+        micro_batch = setup.recipe.data.micro_batch_size
+        found = ProbeSet(setup.family, rows, probe, micro_batch, setup.device)
+        found.folder = probe.save(folder)
+        sets.append(found)
     return sets
 
 
-def _open(
-    name: str,
-    setup: Setup,
-    rows: Rows,
-    assignment: Assignment,
-    count: int,
-    folder: Path,
-    samples_seen: int,
-) -> ProbeSet:
+def _plain(name: str, setup: Setup, rows: Rows, assignment: Assignment, count: int) -> Probe:
+    """What the recipe asks for, before the pilot."""
     wanted = setup.recipe.validation
-    seed = setup.recipe.seed if wanted.seed is None else wanted.seed
-    levels = None if wanted.timesteps_per_image == "auto" else wanted.timesteps_per_image
-    plain = plain_probe(
+    levels = wanted.timesteps_per_image
+    return plain_probe(
         name,
         setup.family,
         rows,
         assignment,
         setup.data.policy,
-        seed=seed,
+        seed=setup.recipe.seed if wanted.seed is None else wanted.seed,
         num_images=count,
-        num_levels=levels,
+        num_levels=None if levels == "auto" else int(levels),
     )
-    micro = setup.recipe.data.micro_batch_size
 
-    def opened(probe: Probe) -> ProbeSet:
-        found = ProbeSet(setup.family, rows, probe, micro, setup.device)
-        found.folder = probe.save(folder)
-        return found
 
-    if wanted.probe is not None:
-        shared = Probe.load(Path(wanted.probe))
-        if shared.name == name:
-            _must_fit(shared, plain, wanted.probe)
-            return opened(shared)
+def _shared(setup: Setup, plain: Probe) -> Probe | None:
+    """The probe that the recipe names, if it is one of this set."""
+    path = setup.recipe.validation.probe
+    shared = None if path is None else Probe.load(Path(path))
+    if shared is None or shared.name != plain.name:
+        return None
+    _must_fit(shared, plain, f"validation.probe = {path!r}")
+    return shared
+
+
+def _begun(folder: Path, plain: Probe, probe_id: str | None, samples_seen: int) -> Probe | None:
+    """The probe that this run began with; None if it is about to begin.
+
+    An accepted change of data or recipe does not move it: its images, prompts and levels stay, so
+    that the curve goes on.
+    """
     if samples_seen == 0:
-        return opened(with_pilot(ProbeSet(setup.family, rows, plain, 1, setup.device)))
-    for path in sorted(folder.glob(f"*/{PROBE_FILE}")):
-        probe = Probe.load(path)
-        if replace(probe, warp=FLAT) == plain:
-            return opened(probe)
-    raise DataError(
-        f"{folder} holds no probe for the set {name} of this run",
-        "It is made at sample 0 and needed to go on; start the run afresh, or put it back.",
-    )
+        return None
+    if probe_id is None:
+        raise DataError(
+            f"this run was not evaluated on the set {plain.name} from its start",
+            "Its change since sample 0 is unknown; leave the set out, or start the run afresh.",
+        )
+    path = folder / probe_id / PROBE_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{path} is gone",
+            "It is made at sample 0 and needed to go on; put it back, or start the run afresh.",
+        )
+    probe = Probe.load(path)
+    _must_fit(probe, plain, str(path))
+    if replace(probe, warp=FLAT) != plain:
+        warn(f"the set {plain.name} stays as it was at sample 0, so that the curve goes on")
+    return probe
 
 
-def _must_fit(shared: Probe, plain: Probe, path: str) -> None:
+def _must_fit(shared: Probe, plain: Probe, where: str) -> None:
     """A probe of another run must look through the same networks."""
     for key in ("family", "prediction_type", "precision", "vae_hash"):
         found, expected = getattr(shared, key), getattr(plain, key)
         if found != expected:
             raise DataError(
-                f"validation.probe = {path!r}: made with {key} {found}, this run has {expected}",
+                f"{where}: made with {key} {found}, this run has {expected}",
                 "Numbers of the two could not be compared.",
             )
 

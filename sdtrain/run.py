@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain import checkpoint
 from sdtrain.debias import LossFit
-from sdtrain.freeze_plan import tensor_hash
+from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.run_folder import RunFolder, versions
 from sdtrain.setup import Setup
 
@@ -116,7 +116,7 @@ class Run:
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
         """Go on from a checkpoint."""
         state = snapshot.state
-        load_trained(self.setup, snapshot.trained)
+        load_trained(self.setup.plan, snapshot.trained)
         checkpoint.restore_optimizer(
             self.optimizer, self.names, snapshot.optimizer, state["optimizer"]
         )
@@ -132,13 +132,13 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def load_trained(setup: Setup, saved: dict[str, torch.Tensor]) -> None:
+def load_trained(plan: FreezePlan, saved: Mapping[str, torch.Tensor]) -> None:
     """Put the trained parameters of a checkpoint into a model.
 
     Raises:
         UserError: the checkpoint has a tensor that this model has no place for.
     """
-    places = {**setup.plan.frozen, **setup.plan.trained()}
+    places = {**plan.frozen, **plan.trained()}
     for path, tensor in saved.items():
         place = places.get(path)
         if place is None or place.shape != tensor.shape:

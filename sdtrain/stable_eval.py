@@ -154,7 +154,8 @@ def evaluate(probe_set: ProbeSet, samples_seen: int) -> dict[str, Any]:
         "change_percent": change.change_percent,
         "ci95_percent": change.ci95_percent,
         "ci95_new_images_percent": change.ci95_new_images_percent,
-        "resolves_percent": change.resolves_percent,
+        # sample 0 compared with itself says nothing about what can be resolved
+        "resolves_percent": change.resolves_percent if samples_seen else None,
         "bins": _bins(matrix, start),
         "probe_id": probe_set.probe.probe_id,
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdprep.console import progress, say
 from sdprep.errors import UserError
-from sdtrain import checkpoint, stable_eval
+from sdtrain import checkpoint, stable_eval, wording
 from sdtrain.batch import Batch
 from sdtrain.loader import MicroBatch, load
 from sdtrain.probe_sets import open_probes
@@ -120,7 +120,9 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
     validate_every = setup.every_samples(recipe.validation.every_samples, 40)
     sample_every = recipe.sampling.every_samples or total
     save_every = setup.every_samples(recipe.checkpoint.every_samples, 10)
-    probes = open_probes(setup, run.folder.validation, run.samples_seen)
+    probes = open_probes(setup, run.folder.validation, run.samples_seen, run.evaluations)
+    shapes = [(each.probe.name, *each.probe.shape) for each in probes]
+    say(wording.cost(shapes, 1 + -(-total // validate_every)))
 
     # A fresh run looks once before its first step. One that goes on has done all of that.
     first_look: list[Parts | None] = [] if run.samples_seen else [None]
@@ -255,6 +257,10 @@ def _what_to_try(run: Run) -> str:
 def evaluate(run: Run, probes: Sequence[ProbeSet]) -> list[dict[str, Any]]:
     """One validation line for each probe, kept in the run's history."""
     lines = [stable_eval.evaluate(probe, run.samples_seen) for probe in probes]
+    if lines:
+        say(wording.moment(lines, stable_eval.verdict(lines)))
+    if lines and run.samples_seen and all(not line["samples_seen"] for line in run.evaluations):
+        say(wording.resolution(lines))  # the first time that there is a change to look at
     run.evaluations += lines
     return lines
 

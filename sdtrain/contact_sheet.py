@@ -1,0 +1,139 @@
+"""Pictures side by side with legible labels, drawn with Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+MOST_ROWS = 24
+_SMALLEST_CELL_PX, _LARGEST_CELL_PX = 192, 384
+_GAP_PX, _FONT_PX, _MOST_LABEL_LINES = 12, 16, 4
+_PAPER, _INK, _DIM, _BLANK = "#ffffff", "#1f2328", "#59636e", "#eceef0"
+
+Cell = Path | Image.Image | None
+
+
+def spread(moments: Sequence[int], most: int = MOST_ROWS) -> list[int]:
+    """At most `most` of them, evenly spaced, the first and the last among them."""
+    if len(moments) <= most:
+        return list(moments)
+    last = len(moments) - 1
+    return [moments[round(k * last / (most - 1))] for k in range(most)]
+
+
+def sheet(pictures: Sequence[Image.Image], labels: Sequence[str], title: str) -> Image.Image:
+    """One picture of many, in rows of up to four, each with its label below."""
+    columns = max(1, min(4, len(pictures)))
+    cell = _cell_px(pictures)
+    texts = [_wrapped(label, cell) for label in labels]
+    pitch = cell + _label_px(texts) + _GAP_PX
+    head = _FONT_PX + 2 * _GAP_PX
+    size = columns * (cell + _GAP_PX) + _GAP_PX, head + -(-len(pictures) // columns) * pitch
+    canvas = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((_GAP_PX, _GAP_PX), _cut(title, size[0] - 2 * _GAP_PX), _DIM, _font())
+    for at, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        left = _GAP_PX + at % columns * (cell + _GAP_PX)
+        top = head + at // columns * pitch
+        _paste(canvas, picture, (left, top), cell)
+        pen.multiline_text((left, top + cell + 4), text, _INK, _font(), spacing=3)
+    return canvas
+
+
+def grid(
+    rows: Sequence[tuple[str, Sequence[Cell]]], columns: Sequence[str], corner: str
+) -> Image.Image:
+    """A table of pictures.
+
+    Args:
+        rows: label, and a picture, its path or nothing for each column.
+        columns: their labels.
+        corner: what the row labels are.
+    """
+    cell = _cell_px([_opened(cells[0]) for _, cells in rows[-1:] if cells[0] is not None])
+    texts = [_wrapped(label, cell) for label in columns]
+    widest = max(_width(label) for label in [corner, *(label for label, _ in rows)])
+    left_px, head = round(widest) + 2 * _GAP_PX, _label_px(texts) + _GAP_PX
+    size = left_px + len(columns) * (cell + _GAP_PX), head + len(rows) * (cell + _GAP_PX)
+    canvas = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((_GAP_PX, head - _GAP_PX), corner, _DIM, _font(), anchor="ls")
+    for at, text in enumerate(texts):
+        place = (left_px + at * (cell + _GAP_PX), head - _GAP_PX)
+        pen.multiline_text(place, text, _INK, _font(), anchor="ld", spacing=3)
+    for row, (label, cells) in enumerate(rows):
+        top = head + row * (cell + _GAP_PX)
+        pen.text((left_px - _GAP_PX, top + cell / 2), label, _INK, _font(), anchor="rm")
+        for at, content in enumerate(cells):
+            _paste(canvas, content, (left_px + at * (cell + _GAP_PX), top), cell)
+    return canvas
+
+
+def _paste(canvas: Image.Image, content: Cell, place: tuple[int, int], cell: int) -> None:
+    if content is None:
+        canvas.paste(_BLANK, (*place, place[0] + cell, place[1] + cell))
+        return
+    picture = _opened(content)
+    scale = cell / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    # Tiny models draw tiny pictures: enlarge those without smearing their pixels.
+    sampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    canvas.paste(picture.resize(size, sampling), place)
+
+
+def _opened(content: Any) -> Image.Image:
+    if isinstance(content, Image.Image):
+        return content
+    with Image.open(content) as picture:
+        return picture.convert("RGB")
+
+
+def _cell_px(pictures: Sequence[Image.Image]) -> int:
+    side = max((max(picture.size) for picture in pictures), default=_SMALLEST_CELL_PX)
+    return min(max(side, _SMALLEST_CELL_PX), _LARGEST_CELL_PX)
+
+
+def _label_px(texts: Sequence[str]) -> int:
+    lines = max((text.count("\n") + 1 for text in texts), default=1)
+    return lines * (_FONT_PX + 5) + 6
+
+
+def _wrapped(text: str, width_px: int) -> str:
+    """Text in lines of at most `width_px`; a long one ends in an ellipsis."""
+    lines: list[str] = [""]
+    for word in " ".join(text.split()).split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if _width(longer) <= width_px:
+            lines[-1] = longer
+        else:
+            lines.append(_cut(word, width_px))
+    lines = [line for line in lines if line]
+    if len(lines) > _MOST_LABEL_LINES:
+        lines = lines[:_MOST_LABEL_LINES]
+        lines[-1] = _cut(f"{lines[-1]} …", width_px)
+    return "\n".join(lines)
+
+
+def _cut(text: str, width_px: float) -> str:
+    if _width(text) <= width_px:
+        return text
+    while text and _width(f"{text}…") > width_px:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _width(text: str) -> float:
+    return _font().getlength(text)
+
+
+@lru_cache
+def _font() -> Any:
+    """The font that comes with matplotlib: it knows more letters than Pillow's own."""
+    import matplotlib
+
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), _FONT_PX)
