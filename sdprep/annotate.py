@@ -18,7 +18,8 @@ from sdprep.commits import fragment_of
 from sdprep.console import progress
 from sdprep.errors import DataError, UserError
 from sdprep.schema import CORE
-from sdprep.table import PhotoTable, original_bytes
+from sdprep.stored_images import original_bytes
+from sdprep.table import PhotoTable
 
 if TYPE_CHECKING:
     from PIL import Image

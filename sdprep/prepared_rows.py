@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from sdprep.errors import DataError, UserError
 from sdprep.schema import SPLITS
+from sdprep.stored_images import original_bytes
 from sdprep.strip import image_extension, strip_metadata
-from sdprep.table import PhotoTable, original_bytes
+from sdprep.table import PhotoTable
 
 BATCH_ROWS = 32
 SCORERS = ("preference", "aesthetic", "technical")

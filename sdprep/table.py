@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,7 @@ from sdprep.errors import DataError, UserError, nearest
 from sdprep.journal import Journal
 from sdprep.lock import WriterLock
 from sdprep.schema import CORE, FOLDS, REJECT_STAGES, SCHEMA_VERSION
+from sdprep.stored_images import StoredOrder
 
 if TYPE_CHECKING:
     import lance
@@ -36,6 +37,7 @@ class PhotoTable:
         self.lock = WriterLock(self.path.with_suffix(".lock"))
         self.touched: set[str] = set()  # columns changed since the last stage was tagged
         self._dataset: lance.LanceDataset | None = None
+        self._index: StoredOrder | None = None
 
     # --- opening ------------------------------------------------------------------------------
 
@@ -161,14 +163,9 @@ class PhotoTable:
         """
         if not ids:
             return {}
-        quoted = ", ".join(f"'{id_}'" for id_ in ids)
-        columns = ["id", "image", "image_uri", "sources"]
-        rows = self.dataset.to_table(columns=columns, filter=f"id IN ({quoted})").to_pylist()
-        found = {row["id"]: original_bytes(row) for row in rows}
-        missing = [id_ for id_ in ids if id_ not in found]
-        if missing:
-            raise DataError(f"{self.path} has no image {missing[0]}")
-        return found
+        if self._index is None or self._index.version != self.version:
+            self._index = StoredOrder(self.dataset)
+        return self._index.image_bytes(self.dataset, ids)
 
     def notes(self, column: str) -> dict[str, str]:
         """What was written down about a column: its fingerprint or certificate."""
@@ -193,9 +190,7 @@ class PhotoTable:
         except (OSError, ValueError) as error:
             if where is None or "Invalid user input" not in str(error):
                 raise
-            reason = re.sub(r",? \S*/rust/\S+", "", str(error)).removeprefix(
-                "Invalid user input: "
-            )
+            reason = re.sub(r",? \S*/rust/\S+", "", str(error)).removeprefix("Invalid user input: ")
             raise UserError(
                 f"cannot use the predicate {where!r}: {reason}",
                 f"Columns: {', '.join(self.columns())}",
@@ -352,31 +347,6 @@ class PhotoTable:
 
     def _must_hold_lock(self) -> None:
         assert self.lock.is_held, "write methods run inside `with table.writer():`"
-
-
-def original_bytes(row: Mapping[str, Any]) -> bytes:
-    """The file's bytes of one row, embedded or linked.
-
-    Raises:
-        DataError: the image is rejected, or its linked file is gone or has changed.
-    """
-    if row["image"] is not None:
-        return row["image"]
-    if row["image_uri"] is None:
-        raise DataError(f"image {row['id']} was rejected at ingest; it has no pixels")
-    path = Path(row["image_uri"])
-    try:
-        stat = path.stat()
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"image {row['id']}: linked file {path}: {error.strerror}") from None
-    known = [(source["num_bytes"], source["mtime_ns"]) for source in row["sources"]]
-    if (stat.st_size, stat.st_mtime_ns) not in known:
-        raise DataError(
-            f"image {row['id']}: linked file {path} has changed since it was ingested",
-            "Run sdprep ingest again.",
-        )
-    return data
 
 
 def _check_hard_links(folder: Path) -> None:
