@@ -99,6 +99,8 @@ def _tokens(units: list[Unit], gaps: list[str], text: str) -> int:
     CLIP's pre-tokeniser runs punctuation together, so a comma belongs to the unit before it; a unit
     that begins with a letter or digit begins a new piece.
     """
+    if not units:
+        return 0
     total = 0
     ends = [gap[:1] if gap[:1] == "," else "" for gap in gaps[1:]]
     ends.append("")
