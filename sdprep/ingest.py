@@ -100,7 +100,8 @@ def _decided(storage: Storage, source: Source, book: RowBook) -> str:
     chosen = "link" if book.num_linked or num_bytes > EMBED_LIMIT_BYTES else "embed"
     if totals:
         said = "remembers where they lie" if chosen == "link" else "holds a copy of them"
-        say(f"{totals[0]:,} images, {totals[1] / 1e9:.2f} GB: the table {said} (storage={chosen})")
+        size = f"{totals[1] / 1e9:,.1f} GB" if totals[1] >= 1e9 else f"{totals[1] / 1e6:,.1f} MB"
+        say(f"{totals[0]:,} images, {size}: the table {said} (storage={chosen})")
     return chosen
 
 

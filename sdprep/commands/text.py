@@ -66,12 +66,14 @@ def annotators_text(reports: list[Report]) -> str:
 
 def tags_text(report: Report) -> str:
     """What composing did."""
-    return "tags: " + counted({key: value for key, value in report.items() if _is_number(value)})
+    always = ("added", "aliased", "implied", "blacklisted")
+    return "tags: " + counted({key: n for key, n in report.items() if n or key in always})
 
 
 def dedup_text(report: Report) -> str:
     """Groups by level."""
-    return "duplicates: " + counted({k: v for k, v in report.items() if _is_number(v)})
+    counts = {key: value for key, value in report.items() if _is_number(value)}
+    return "duplicates: " + counted({key.replace("_", " "): n for key, n in counts.items() if n})
 
 
 def split_text(report: Report) -> str:
