@@ -11,7 +11,8 @@ from sdprep.bucket_table import BucketTable, bucket_table
 from sdprep.buckets import bucket_list
 from sdprep.card_facts import Facts, hide_paths
 from sdprep.card_pictures import contact_sheet, plot_buckets, plot_counts
-from sdprep.card_text import fenced, megabytes, plain, table
+from sdprep.card_text import fenced, plain, table
+from sdprep.console import megabytes
 from sdprep.schema import SPLITS
 
 ASSETS = "assets"

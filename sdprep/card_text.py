@@ -44,11 +44,3 @@ def fenced(text: str, language: str = "") -> str:
 
 
 _CONTROL_IN_CODE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def megabytes(num_bytes: int) -> str:
-    """Such as `12.3 MB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 1e3:.0f} kB"

@@ -25,6 +25,14 @@ def warn(message: str) -> None:
     talk.print(f"[yellow]warning[/yellow] {escape(message)}", soft_wrap=True)
 
 
+def megabytes(num_bytes: int) -> str:
+    """A size for people, such as `12.3 MB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout, and nothing else."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from sdprep.console import progress, say, warn
+from sdprep.console import megabytes, progress, say, warn
 from sdprep.errors import DataError
 from sdprep.formats import FORMAT_OF_EXTENSION
 from sdprep.images import MAX_PIXELS, ImageInfo, ImageRejected, open_image
@@ -100,8 +100,7 @@ def _decided(storage: Storage, source: Source, book: RowBook) -> str:
     chosen = "link" if book.num_linked or num_bytes > EMBED_LIMIT_BYTES else "embed"
     if totals:
         said = "remembers where they lie" if chosen == "link" else "holds a copy of them"
-        size = f"{totals[1] / 1e9:,.1f} GB" if totals[1] >= 1e9 else f"{totals[1] / 1e6:,.1f} MB"
-        say(f"{totals[0]:,} images, {size}: the table {said} (storage={chosen})")
+        say(f"{totals[0]:,} images, {megabytes(totals[1])}: the table {said} (storage={chosen})")
     return chosen
 
 

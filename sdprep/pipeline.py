@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def _work(
     work: list[tuple[str, Callable[[], Report]]] = []
     for config in recipe.source:
         source = config.build()
-        work.append(("ingest", lambda s=source: ingest_stage(table, s, storage=recipe.storage)))
+        work.append(("ingest", partial(ingest_stage, table, source, storage=recipe.storage)))
     jobs = recipe.annotators()
     if jobs:
         work.append(("annotate", lambda: {"annotators": annotate_stage(table, jobs)}))

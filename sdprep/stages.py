@@ -41,9 +41,9 @@ def source_from(place: str, type_: str, settings: list[str], given: Report) -> A
         UserError: no such kind, option or folder.
     """
     name = "folder" if type_ == "auto" else type_
-    return options(
-        plugins.config_for("source", name), settings, type=name, path=place, **given
-    ).build()
+    given = {**given, "type": name, "path": place}
+    config: Any = options(plugins.config_for("source", name), settings, **given)
+    return config.build()
 
 
 def preview_source(source: Any) -> Report:
