@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from sdprep.console import warn
 from sdprep.errors import DataError, UserError
 from sdprep.schema import SPLITS
 from sdprep.stored_images import original_bytes
@@ -44,6 +45,11 @@ class Losses:
         """Count one row that is not published."""
         self.left_out[reason] += 1
         self.examples.setdefault(reason, message)
+
+    def said(self) -> str:
+        """All of it in a sentence, with an example of each reason."""
+        counted = sorted(self.left_out.items())
+        return "; ".join(f"{num} {reason} ({self.examples[reason]})" for reason, num in counted)
 
 
 def score_column(table: PhotoTable, name: str | None) -> str | None:
@@ -76,11 +82,53 @@ def prepared_rows(
         prompt_of: renders the validation prompt of a row, whichever its split.
         losses: receives what was left out, and why.
     """
+    for found, row in stripped_rows(table, score, license, losses):
+        row["validation_prompt"] = prompt_of(row)
+        yield split_of(found), row
+
+
+def stripped_rows(
+    table: PhotoTable, score: str | None, license: str | None, losses: Losses
+) -> Iterator[tuple[Row, Row]]:
+    """Every kept image in order of arrival: its row in the table, and as it leaves the house.
+
+    The second lacks its validation prompt only; its image holds no private metadata.
+    """
     for found in _scan(table, _columns(table, score)):
         row = _row(found, score, license, losses)
         if row is not None:
-            row["validation_prompt"] = prompt_of(row)
-            yield found.get("split") or SPLITS[0], row
+            yield found, row
+
+
+def split_of(found: Row) -> str:
+    """The side of a row of the table; train, where the table has no split."""
+    return found.get("split") or SPLITS[0]
+
+
+def check_rows(table: PhotoTable) -> None:
+    """Refuse a table whose kept images are none, or have no split yet; warn without any split.
+
+    Raises:
+        DataError: see above.
+    """
+    kept = table.kept_predicate()
+    if not table.count(kept):
+        raise DataError(
+            f"{table.path} has no image to publish: all {table.count()} are rejected",
+            f"Ask why: sdprep status {table.path}",
+        )
+    if not table.has("split"):
+        warn(
+            f"{table.path} has no split: all images go to train, and nothing can be validated. "
+            f"Run first: sdprep split {table.path}"
+        )
+        return
+    stray = table.count(f"{kept} AND (split IS NULL OR split NOT IN ('train', 'validation'))")
+    if stray:
+        raise DataError(
+            f"{stray} kept images of {table.path} have no split yet",
+            f"A copy of them may be in validation. Run first: sdprep split {table.path}",
+        )
 
 
 def _has_field(table: PhotoTable, column: str, name: str) -> bool:

@@ -415,7 +415,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     table: PhotoTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("sdprep.publish.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(DataError, match="GB free"):
         publish(table, tmp_path / "out")
     assert not (tmp_path / "out").exists()
