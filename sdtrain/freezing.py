@@ -88,6 +88,7 @@ def build_plan(
             "nothing would train: every parameter is frozen",
             'Give train.rules a rule with a rate, such as { match = "unet.**", lr = 1e-6 }.',
         )
+    _require_every_rule(adapter.name, decisions, trained)
     for entry in trained.values():
         entry.parameter.requires_grad_(True)
     set_modes(family.parts)
@@ -153,6 +154,19 @@ def _matches_nothing(family: Family, glob: str, candidates: Sequence[str]) -> Us
     else:
         hint = f"Nearest: {', '.join(nearest_paths(glob, candidates))}."
     return UserError(f"train rule {glob!r} matches no parameter of this {family.name} model", hint)
+
+
+def _require_every_rule(
+    adapter: str, decisions: Mapping[str, Decision], trained: Mapping[str, Trained]
+) -> None:
+    """An adapter reaches only some layers; a rule must not come to nothing unseen."""
+    used = {decisions[entry.owner].rule for entry in trained.values()}
+    for decision in decisions.values():
+        if decision.rate > 0 and decision.rule not in used:
+            raise UserError(
+                f"train rule {decision.rule!r} matches nothing that adapter {adapter} can train",
+                "Its globs must match linear layers of the transformer blocks; see [adapter].",
+            )
 
 
 def _freeze_dead_ends(

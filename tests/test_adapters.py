@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sdprep.errors import UserError
 from sdprep.plugins import config_for, configs
 from sdtrain.adapters.lora import lora_layers, matrices
 from sdtrain.formats.lora_keys import kohya_stem
@@ -101,6 +102,15 @@ def test_rules_choose_the_modules(tiny_model: Callable[[str], Path]) -> None:
     owners = {path.rpartition(".lora_")[0] for path in plan.trained()}
     assert owners
     assert all(path.endswith("attn2.to_k") and ".mid_block." not in path for path in owners)
+
+
+def test_a_rule_without_a_layer_for_the_adapter_is_refused(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    adapter = config_for("adapter", "lora")().build()
+    rules = [Rule("unet.**", lr=1e-4), Rule("unet.conv_in.**", lr=1e-4)]
+    with pytest.raises(UserError, match=r"unet\.conv_in\.\*\*.* adapter lora can train"):
+        build_plan(load_tiny(tiny_model("sd15")), rules, adapter)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

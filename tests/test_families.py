@@ -198,6 +198,18 @@ def test_dropped_captions_become_the_empty_prompt_or_zeros(
     assert torch.equal(zero.pooled[1], empty.pooled[1])
 
 
+def test_a_saved_folder_says_what_no_prompt_means_and_what_is_predicted(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for uncond in ("empty", "zero"):
+        options = {"uncond": uncond, "prediction_type": "v_prediction"}
+        load_tiny(tiny_model("sdxl"), **options).save(tmp_path / uncond)
+        index = json.loads((tmp_path / uncond / "model_index.json").read_text())
+        assert index["force_zeros_for_empty_prompt"] is (uncond == "zero")
+        scheduler = load_pipeline(tmp_path / uncond).scheduler
+        assert scheduler.config.prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_images_encode_as_the_vae_says(tiny_model: Callable[[str], Path], name: str) -> None:
     family = load_tiny(tiny_model(name))

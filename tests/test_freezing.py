@@ -91,6 +91,17 @@ def test_the_last_match_wins_and_the_rest_is_frozen(tiny_model: Callable[[str], 
     assert family.parts["unet"].up_blocks[1].attentions[0].training
 
 
+def test_a_plan_does_not_depend_on_what_trained_before(tiny_model: Callable[[str], Path]) -> None:
+    family = load_tiny(tiny_model("sd15"))
+    for part in family.parts.values():
+        part.requires_grad_(True).train()
+    plan = build_plan(family, [Rule("unet.mid_block.**", lr=1e-5)], Full())
+    assert not any(p.requires_grad for p in plan.frozen.values())
+    assert all(path.startswith("unet.mid_block.") for path in plan.trained())
+    assert not any(module.training for module in family.parts["vae"].modules())
+    assert not any(module.training for module in family.parts["unet"].up_blocks.modules())
+
+
 def test_the_table_adds_up(tiny_model: Callable[[str], Path]) -> None:
     rules = [Rule("unet.**", lr=1e-5), Rule("text_encoder_2.**", lr=0)]
     family, plan = plan_for(tiny_model("sdxl"), rules)

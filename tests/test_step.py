@@ -138,6 +138,25 @@ def test_velocity_prediction_changes_the_target_only(tiny_model: Callable[[str],
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(
+    tiny_model: Callable[[str], Path], name: str
+) -> None:
+    gradients, calls = [], []
+    for is_on in (False, True):
+        family = load_tiny(tiny_model(name), gradient_checkpointing=is_on)
+        plan = build_plan(family, [Rule("unet.**", lr=LR)], Full())
+        count: list[int] = []
+        resnet = family.parts["unet"].mid_block.resnets[1]
+        resnet.conv1.register_forward_hook(lambda *_, count=count: count.append(1))
+        denoising_loss(family, tiny_batch(family, 2), mse).mean().backward()
+        gradients.append({path: p.grad for path, p in plan.trained().items()})
+        calls.append(len(count))
+    assert calls == [1, 2]
+    for path, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][path], gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_half_precision_forwards_still_give_float32_losses_and_gradients(
     tiny_model: Callable[[str], Path], name: str
 ) -> None:

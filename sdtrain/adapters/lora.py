@@ -79,9 +79,9 @@ class Lora:
                 r=self.config.rank,
                 lora_alpha=self.config.alpha,  # type: ignore[arg-type]
                 target_modules=chosen,
-                init_lora_weights=True,
+                init_lora_weights=False,  # `_draw` does it, keyed
             )
-            with torch.random.fork_rng(devices=[]):  # peft draws; the keyed values replace them
+            with torch.random.fork_rng(devices=[]):  # building a layer draws
                 inject_adapter_in_model(options, network, adapter_name=PEFT_NAME)
             self._freeze_base(network)
             trained |= self._draw(part, network)

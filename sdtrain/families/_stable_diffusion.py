@@ -39,6 +39,9 @@ class TextOptions(Section):
     chunk_convention: Convention = Field(
         "n77", description="Length of n chunks in tokens: n times 77, or n times 75 plus 2."
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute the UNet's activations twice: far less memory, a third slower."
+    )
 
 
 class StableDiffusion:
@@ -67,6 +70,9 @@ class StableDiffusion:
         self.prediction_type = self.objective.prediction_type
         vae_config: Any = self.parts["vae"].config
         unet_config: Any = self.parts["unet"].config
+        if options.gradient_checkpointing:
+            unet: Any = self.parts["unet"]
+            unet.enable_gradient_checkpointing()
         self.vae_scale_factor = 2 ** (len(vae_config.block_out_channels) - 1)
         self.latent_channels = unet_config.in_channels
         self.default_resolution_px = unet_config.sample_size * self.vae_scale_factor
