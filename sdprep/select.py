@@ -92,9 +92,25 @@ def select_table(
             f"{len(unknown)} images have no value for {where!r} and are rejected; "
             "annotate them, or allow for them with: ... OR COLUMN IS NULL"
         )
+    lost = _lost_groups(table)
+    if lost:
+        warn(
+            f"{lost} images were kept for their duplicates, and this selection rejects them; "
+            "run sdprep dedup again, so that another one of each group is kept"
+        )
     if matched and not remaining:
         warn("no image is left: every one that matches was rejected by another stage")
     return SelectReport(len(matched), len(reasons), len(unknown), remaining)
+
+
+def _lost_groups(table: PhotoTable) -> int:
+    """Images that others gave way to as duplicates, and that this selection rejects."""
+    if not table.has("reject_duplicates"):
+        return 0
+    reasons = table.read(["reject_duplicates"], "reject_duplicates IS NOT NULL")
+    kept = {reason.as_py().partition(":")[2] for reason in reasons["reject_duplicates"]}
+    rejected = table.read(["id"], f"{COLUMN} IS NOT NULL")["id"].to_pylist()
+    return len(kept.intersection(rejected))
 
 
 def _judge(table: PhotoTable, where: str) -> tuple[list[str], list[str], list[str]]:

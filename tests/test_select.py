@@ -171,3 +171,15 @@ def test_the_recipe_section_is_strict() -> None:
     assert validate({"where": "width > 1"}, SelectConfig, "r").reason is None
     with pytest.raises(RecipeError, match="where"):
         validate({"were": "width > 1"}, SelectConfig, "r")
+
+
+def test_rejecting_what_stands_for_its_duplicates_is_said(
+    table: PhotoTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gave_way = pa.array([None, f"duplicate_of:{ids(1)[0]}", None, None, None], pa.string())
+    with table.writer():
+        table.write_fold(ids(5), {"reject_duplicates": gave_way}, stage="dedup")
+    select_table(table, "width > 600")
+    assert "1 images were kept for their duplicates" in " ".join(capsys.readouterr().err.split())
+    select_table(table, "width >= 512")
+    assert "kept for their duplicates" not in capsys.readouterr().err
