@@ -147,7 +147,7 @@ class _Tally:
 
     def _exposure(self) -> dict[str, Any]:
         """How much of the time each tag is seen: the most frequent and the least exposed ones."""
-        found = [
+        found: list[dict[str, Any]] = [
             {
                 "name": name,
                 "prompts": self.shown[name],

@@ -25,12 +25,16 @@ class RawTag(NamedTuple):
 
 @dataclass
 class TagEdits:
-    """What people said about one image, the last word on each tag."""
+    """What people said about one image; of edits to the same tag the last one counts."""
 
-    added: dict[str, str | None] = field(default_factory=dict)  # name → category
-    removed: dict[str, None] = field(default_factory=dict)  # a dict keeps the order
+    tags: list[tuple[str, bool, str | None]] = field(default_factory=list)
+    """(name as written, whether it was added or taken away, category), in the order of time."""
     caption: str | None = None
     has_caption: bool = False
+
+    def last_words(self, rules: TagRules) -> dict[str, tuple[bool, str | None]]:
+        """The last edit of each canonical name: (added or taken away, category)."""
+        return {rules.canonical(name): (added, category) for name, added, category in self.tags}
 
 
 def read_edits(actions: Iterable[Mapping[str, Any]]) -> dict[str, TagEdits]:
@@ -58,12 +62,8 @@ def read_edits(actions: Iterable[Mapping[str, Any]]) -> dict[str, TagEdits]:
         edit = edits.setdefault(action["id"], TagEdits())
         if kind == "set_caption":
             edit.caption, edit.has_caption = value.strip() or None, True
-        elif kind == "add_tag":
-            edit.added[value] = action.get("category")
-            edit.removed.pop(value, None)
         else:
-            edit.removed[value] = None
-            edit.added.pop(value, None)
+            edit.tags.append((value, kind == "add_tag", action.get("category")))
     return edits
 
 
@@ -82,18 +82,18 @@ def compose_row(
     """
     counts: Counter[str] = Counter()
     edits = edits or TagEdits()
-    human = {rules.canonical(name): category for name, category in edits.added.items()}
-    removed = {rules.canonical(name) for name in edits.removed} - set(human)
+    last = edits.last_words(rules)
+    human = {name: category for name, (added, category) in last.items() if added and name}
+    removed = {name for name in last if name not in human}
     best: dict[str, RawTag] = {}
     for tag in raw:
         _take(best, tag, rules, counts)
     for name in removed:
         counts["human"] += best.pop(name, None) is not None
     for name, category in human.items():
-        if name:
-            counts["human"] += 1
-            known = best[name].category if name in best else rules.categories.get(name)
-            best[name] = RawTag(name, category or known or "general", None, "human")
+        counts["human"] += 1
+        known = best[name].category if name in best else rules.categories.get(name)
+        best[name] = RawTag(name, category or known or "general", None, "human")
     _apply_implications(best, rules, removed, human, counts)
     for names, kind in ((rules.blacklist, "blacklisted"), (rules.deprecated, "deprecated")):
         for name in [name for name in best if name in names and name not in human]:

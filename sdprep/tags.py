@@ -152,7 +152,7 @@ def compose_tags(table: PhotoTable, config: TagsConfig) -> dict[str, int]:
             )
         notes = {"tags_config": json.dumps(config.model_dump(mode="json"), sort_keys=True)}
         ids = rows["id"].to_pylist()
-        values["tags"] = _united(table, ids, values["tags"], edits)
+        values["tags"] = _united(table, ids, values["tags"], rules, edits)
         table.write_fold(ids, values, stage="tags", notes=notes)
     order = ("added", "aliased", "implied", "blacklisted")
     extra = ("deprecated", "ancestors", "human", "below_threshold", "images")
@@ -160,7 +160,11 @@ def compose_tags(table: PhotoTable, config: TagsConfig) -> dict[str, int]:
 
 
 def _united(
-    table: PhotoTable, ids: list[str], tags: pa.Array, edits: Mapping[str, TagEdits]
+    table: PhotoTable,
+    ids: list[str],
+    tags: pa.Array,
+    rules: TagRules,
+    edits: Mapping[str, TagEdits],
 ) -> pa.Array:
     """The tags, where images that stay have those of the duplicates that gave way to them, too."""
     if not table.has("reject_duplicates"):
@@ -170,17 +174,27 @@ def _united(
     if not better:
         return tags
     lists = tags.to_pylist()
-    removed = [(id_, normalise_tag(tag)) for id_, edit in edits.items() for tag in edit.removed]
+    removed = [
+        (id_, name)
+        for id_, edit in edits.items()
+        for name, (is_added, _) in edit.last_words(rules).items()
+        if not is_added
+    ]
     for row, united in unite_tags(ids, lists, better, removed).items():
         lists[row] = united
     return pa.array(lists, FOLDS["tags"])
 
 
 def _readers(table: PhotoTable) -> dict[str, str]:
-    """Columns of raw material: the name of each, and the dotted path of the part we read."""
+    """Columns of raw material: the name of each, and the dotted path of the part we read.
+
+    The sidecar's tags come first, in the order in which somebody wrote them.
+    """
     found = {"text": "text.caption"}
     wanted = {"tags_": ("tags",), "boxes_": ("boxes",), "caption_": ("caption", "text")}
-    for column in sorted(table.schema, key=lambda column: column.name):
+    for column in sorted(
+        table.schema, key=lambda column: (column.name != "tags_sidecar", column.name)
+    ):
         for prefix, parts in wanted.items():
             if column.name.startswith(prefix) and pa.types.is_struct(column.type):
                 fields = [column.type.field(at).name for at in range(column.type.num_fields)]
