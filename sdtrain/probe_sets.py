@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,35 @@ def open_probes(
     Raises:
         DataError: the run has started and its probe is gone, or a set has no usable image.
     """
-    wanted = setup.recipe.validation
     begun = {str(line["set"]): str(line["probe_id"]) for line in evaluations}
     sets = []
+    for rows, plain in _wanted(setup):
+        probe = _shared(setup, plain) or _begun(folder, plain, begun.get(plain.name), samples_seen)
+        found = _set(setup, rows, probe or _piloted(setup, rows, plain))
+        found.folder = found.probe.save(folder)
+        sets.append(found)
+    return sets
+
+
+def find_probes(setup: Setup, folder: Path) -> list[ProbeSet]:
+    """The sets of a recipe whose run may or may not have begun; nothing is written.
+
+    Args:
+        setup: its model is the base model.
+        folder: `validation/` of the run; a probe there that fits the recipe is taken.
+    """
+    sets = []
+    for rows, plain in _wanted(setup):
+        there = [Probe.load(path) for path in sorted(folder.glob(f"*/{PROBE_FILE}"))]
+        fitting = [probe for probe in there if replace(probe, warp=FLAT) == plain]
+        probe = _shared(setup, plain) or (fitting[0] if fitting else _piloted(setup, rows, plain))
+        sets.append(_set(setup, rows, probe))
+    return sets
+
+
+def _wanted(setup: Setup) -> Iterator[tuple[Rows, Probe]]:
+    """Rows and unwarped probe of every set that the recipe asks for and the data set has."""
+    wanted = setup.recipe.validation
     for name, rows, assignment, count in (
         ("validation", setup.data.validation, setup.validation, wanted.images),
         ("train_probe", setup.data.train, setup.train, wanted.train_probe_images),
@@ -55,15 +81,16 @@ def open_probes(
         if rows is None or assignment is None or not len(assignment.kept):
             warn(f"the data set has no {name} images, so nothing is evaluated on that set")
             continue
-        plain = _plain(name, setup, rows, assignment, count)
-        probe = _shared(setup, plain) or _begun(folder, plain, begun.get(name), samples_seen)
-        if probe is None:
-            probe = with_pilot(ProbeSet(setup.family, rows, plain, 1, setup.device))
-        micro_batch = setup.recipe.data.micro_batch_size
-        found = ProbeSet(setup.family, rows, probe, micro_batch, setup.device)
-        found.folder = probe.save(folder)
-        sets.append(found)
-    return sets
+        yield rows, _plain(name, setup, rows, assignment, count)
+
+
+def _set(setup: Setup, rows: Rows, probe: Probe) -> ProbeSet:
+    micro_batch = setup.recipe.data.micro_batch_size
+    return ProbeSet(setup.family, rows, probe, micro_batch, setup.device)
+
+
+def _piloted(setup: Setup, rows: Rows, plain: Probe) -> Probe:
+    return with_pilot(ProbeSet(setup.family, rows, plain, 1, setup.device))
 
 
 def _plain(name: str, setup: Setup, rows: Rows, assignment: Assignment, count: int) -> Probe:
@@ -161,7 +188,6 @@ def plain_probe(
         ProbeImage(rows.ids[row], validation_prompt(record, policy, seed), bucket.size_hw)
         for (row, bucket), record in zip(chosen, records, strict=True)
     )
-    vae = [tensor_hash(tensor) for _, tensor in sorted(family.parts["vae"].state_dict().items())]
     return Probe(
         name=name,
         seed=seed,
@@ -171,8 +197,14 @@ def plain_probe(
         family=family.name,
         prediction_type=family.prediction_type,
         precision=family.precision,
-        vae_hash=digest("vae", *vae),
+        vae_hash=vae_hash(family),
     )
+
+
+def vae_hash(family: Family) -> str:
+    """Hash of the tensors that make latents of pictures."""
+    tensors = sorted(family.parts["vae"].state_dict().items())
+    return digest("vae", *(tensor_hash(tensor) for _, tensor in tensors))
 
 
 def with_pilot(plain: ProbeSet) -> Probe:

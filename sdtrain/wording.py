@@ -46,9 +46,10 @@ def sentence(found: Comparison, a: str = "A", b: str = "B", direction: int | Non
         return f"Cannot tell: with one {short} there is no interval."
     direction = found.direction if direction is None else direction
     if direction == 0:
+        many = ", and several comparisons were made" if found.direction else ""
         return (
             f"Cannot tell {a} and {b} apart: the change of {percent(found.change_percent)} may be "
-            f"chance (95 % interval on these images {span(found.ci95_percent)})."
+            f"chance (95 % interval on these images {span(found.ci95_percent)}{many})."
         )
     word, side = ("better", "lower") if direction < 0 else ("worse", "higher")
     text = (
@@ -71,13 +72,17 @@ def moment(lines: Sequence[dict[str, Any]], word: str) -> str:
     if not lines[0]["samples_seen"]:
         levels = [f"{line['set']} {line['mean']:.6f}" for line in lines]
         return clock + ", ".join(levels)
-    parts = [
-        f"{line['set']} {line['mean']:.6f} ({percent(line['change_percent'])} since the start, "
-        f"these images {span(line['ci95_percent'])}, "
-        f"new images {span(line['ci95_new_images_percent'])})"
-        for line in lines
-    ]
-    return f"{clock}{'; '.join(parts)}: {word}"
+    return f"{clock}{'; '.join(_moved(line) for line in lines)}: {word}"
+
+
+def _moved(line: dict[str, Any]) -> str:
+    change, new = percent(line["change_percent"]), half(line["ci95_new_images_percent"])
+    return f"{line['set']} {change} ± {half(line['ci95_percent'])} (new images ± {new})"
+
+
+def half(interval: Sequence[float] | None) -> str:
+    """Half the width of an interval, in percent."""
+    return "unknown" if interval is None else f"{(interval[1] - interval[0]) / 2:.2g} %"
 
 
 def resolution(lines: Sequence[dict[str, Any]]) -> str:

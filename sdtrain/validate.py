@@ -1,0 +1,204 @@
+"""StableEval of any checkpoints on one probe, and each of them against the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdprep.console import say
+from sdprep.errors import DataError
+from sdtrain import checkpoint
+from sdtrain.checkpoint import changes
+from sdtrain.compare import Pair, compare_measured, text
+from sdtrain.matrices import Measured
+from sdtrain.probe_sets import find_probes
+from sdtrain.run import load_trained
+from sdtrain.setup import Setup, open_setup
+from sdtrain.stable_eval import ProbeSet
+
+BASE = "base"
+MODEL_INDEX = "model_index.json"
+MAY_DIFFER = ("model.path", "model.revision", "model.gradient_checkpointing")
+"""The fingerprint says whether it is the same model; the rest does not touch a forward."""
+
+
+def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) -> dict[str, Any]:
+    """Measure the base model and some checkpoints on the recipe's probe.
+
+    Args:
+        recipe: a training recipe; its data and base model are used.
+        paths: checkpoints of this recipe's model (`RUN/checkpoints/N`), or diffusers folders.
+        to: folder for `<probe_id>/<checkpoint>.npz`; default: the recipe's output with
+            `-validate` behind it, so that a run's own record stays as it is.
+
+    Returns:
+        path, the table of means, and the comparisons with the base model.
+
+    Raises:
+        DataError: a checkpoint belongs to another model, or there is nothing to evaluate on.
+    """
+    labels = _labels(paths)
+    states = [_checked(path) for path in paths]
+    setup = open_setup(recipe)
+    for path, state in zip(paths, states, strict=True):
+        if state is not None:
+            _must_fit(path, state, setup)
+    folder = to or recipe.output.with_name(f"{recipe.output.name}-validate")
+    probes = find_probes(setup, recipe.output / "validation")
+    if not probes:
+        raise DataError(
+            "there is nothing to evaluate on",
+            "validation.images and validation.train_probe_images are 0, or the data set is empty.",
+        )
+    for probe_set in probes:
+        probe_set.folder = probe_set.probe.save(folder)
+    rows = _measure(BASE, probes)
+    for label, path, state in zip(labels, paths, states, strict=True):
+        if state is None:
+            rows += _measure(label, _other_model(setup, path, probes))
+        else:
+            with _loaded(setup, path):
+                rows += _measure(label, probes)
+    pairs = compare_measured(_with_base(probes, labels))
+    return {"path": str(folder), "evaluations": rows, "comparisons": pairs}
+
+
+def _measure(label: str, probes: Sequence[ProbeSet]) -> list[dict[str, Any]]:
+    """Evaluate the model as it is; one row for each set."""
+    rows = []
+    for probe_set in probes:
+        probe, folder = probe_set.probe, probe_set.folder
+        assert folder is not None, "set above"
+        matrix = probe_set.evaluate()
+        file = folder / f"{label}.npz"
+        matrix.save(file, [image.id for image in probe.images])
+        say(f"{label}: {probe.name} {matrix.mean:.6f}")
+        rows.append(
+            {
+                "checkpoint": label,
+                "set": probe.name,
+                "probe_id": probe.probe_id,
+                "mean": matrix.mean,
+                "bins": matrix.bins(),
+                "matrix": str(file),
+            }
+        )
+    return rows
+
+
+def _with_base(
+    probes: Sequence[ProbeSet], labels: Sequence[str]
+) -> list[tuple[Measured, Measured]]:
+    return [
+        (
+            Measured(probe_set.folder / f"{BASE}.npz", probe_set.probe),
+            Measured(probe_set.folder / f"{label}.npz", probe_set.probe),
+        )
+        for label in labels
+        for probe_set in probes
+        if probe_set.folder is not None
+    ]
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """A name for each: the run and the clock, or the folder; numbered where two are alike."""
+    labels: list[str] = []
+    for path in paths:
+        full = path.resolve()
+        name = full.name
+        if full.parent.name == "checkpoints":
+            name = f"{full.parent.parent.name}-{full.name}"
+        elif name == "model":  # what a run hands over at its end
+            name = f"{full.parent.name}-model"
+        number, label = 2, name
+        while label in (*labels, BASE):
+            number, label = number + 1, f"{name}-{number}"
+        labels.append(label)
+    return labels
+
+
+def _checked(path: Path) -> dict[str, Any] | None:
+    """The state of a checkpoint; None of a diffusers folder.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if (path / checkpoint.STATE).is_file():
+        return checkpoint.read_state(path)
+    if (path / MODEL_INDEX).is_file():
+        return None
+    raise DataError(
+        f"{path} is no checkpoint: it has neither {checkpoint.STATE} nor {MODEL_INDEX}",
+        "Give RUN/checkpoints/SAMPLES, or a diffusers folder such as RUN/model.",
+    )
+
+
+def _must_fit(path: Path, state: dict[str, Any], setup: Setup) -> None:
+    """The checkpoint's tensors must mean the same in this recipe's model."""
+    saved, current = state["conditions"], setup.conditions()
+    keys = ("model", "adapter", "model_fingerprint")
+    differing = changes({k: saved[k] for k in keys}, {k: current[k] for k in keys})
+    for key in MAY_DIFFER:
+        differing.pop(key, None)
+    if differing:
+        lines = [f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in differing.items()]
+        raise DataError(
+            f"{path} was made from another model than this recipe's:\n" + "\n".join(lines),
+            "Use the recipe of that run.",
+        )
+
+
+@contextmanager
+def _loaded(setup: Setup, path: Path) -> Iterator[None]:
+    """The checkpoint's tensors in the model; the base model's are put back afterwards."""
+    saved = checkpoint.read_trained(path)
+    places = {**setup.plan.frozen, **setup.plan.trained()}
+    before = {key: places[key].detach().clone() for key in saved if key in places}
+    try:
+        load_trained(setup.plan, saved)
+        yield
+    finally:
+        with torch.no_grad():
+            for key, value in before.items():
+                places[key].copy_(value)
+
+
+def _other_model(setup: Setup, path: Path, probes: Sequence[ProbeSet]) -> list[ProbeSet]:
+    """The same probes, looking at another model."""
+    from sdtrain.probe_sets import vae_hash
+
+    model = setup.recipe.model
+    precision = setup.recipe.precision.mixed
+    family = model.build(str(path), precision=precision, device=str(setup.device))
+    sets = []
+    for each in probes:
+        if vae_hash(family) != each.probe.vae_hash:
+            raise DataError(
+                f"{path} has another VAE than the probe {each.probe.name} was made with",
+                "Its losses live in another space and cannot be compared.",
+            )
+        other = ProbeSet(family, each.rows, each.probe, each.micro_batch, each.device)
+        other.folder = each.folder
+        sets.append(other)
+    return sets
+
+
+def report(found: dict[str, Any]) -> str:
+    """What `sdtrain validate` prints."""
+    rows, pairs = found["evaluations"], found["comparisons"]
+    width = max(len(row["checkpoint"]) for row in rows)
+    lines = [f"{row['checkpoint']:<{width}}  {row['set']:<11}  {row['mean']:.6f}" for row in rows]
+    return "\n".join([*lines, "", text(pairs)]) if pairs else "\n".join(lines)
+
+
+def to_json(found: dict[str, Any]) -> dict[str, Any]:
+    """What `--json` prints."""
+    pairs: list[Pair] = found["comparisons"]
+    return {**found, "comparisons": [pair.to_json() for pair in pairs]}
