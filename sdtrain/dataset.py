@@ -103,6 +103,9 @@ def open_data(section: DataSection, prompt: PromptPolicy) -> TrainingData:
         origin = f"{'prepared' if manifest else 'Hugging Face'} data set {section.path}"
     if splits.validation is not None:
         _keep_apart(splits, is_published=bool(manifest))
+    repeated = _repeated(splits.train)
+    if repeated:
+        splits.notes.append(f"{repeated} rows ask for repeats; each is trained once per epoch")
     provenance = {"path": section.path, "revision": splits.revision}
     provenance["certificate"] = (manifest or {}).get("certificate")
     return TrainingData(
@@ -142,6 +145,12 @@ def _keep_apart(splits: Splits, *, is_published: bool) -> None:
     for row in shared:
         splits.validation.refused.setdefault(row, "also_in_train: the same bytes are in train")
     splits.notes.append(f"{len(shared)} validation images are also in train and are left out")
+
+
+def _repeated(rows: Rows) -> int:
+    spans = range(0, len(rows), _RECORD_BATCH)
+    parts = (range(start, min(start + _RECORD_BATCH, len(rows))) for start in spans)
+    return sum((r.get("repeats") or 1) > 1 for part in parts for r in rows.records(part))
 
 
 def fingerprint(*splits: Rows | None) -> str:

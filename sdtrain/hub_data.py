@@ -13,7 +13,7 @@ import numpy as np
 from sdprep.console import progress, talk
 from sdprep.errors import DataError, nearest
 from sdprep.images import ImageRejected, open_image
-from sdprep.schema import MANIFEST, PREPARED, read_manifest
+from sdprep.schema import MANIFEST, read_manifest
 from sdtrain.dataset import Splits
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description", "sentence", "label_text")
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
-_NO_TEXT = ("image", "signature", "boxes", "width", "height")
+RECORD_COLUMNS = ("id", "caption", "captions", "tags", "score", "group_id", "repeats")
+"""What prompts are made of, and what near duplicates are told by."""
+
 _SCAN_ROWS = 64
 
 
@@ -82,7 +84,7 @@ def _record(id_: str, text: Any) -> dict[str, Any]:
 
 
 def _record_columns(dataset: Dataset) -> list[str]:
-    return [name for name in PREPARED.names if name in dataset.features and name not in _NO_TEXT]
+    return [name for name in RECORD_COLUMNS if name in dataset.features]
 
 
 def _source(cell: Any) -> bytes | Path:

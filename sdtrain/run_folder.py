@@ -37,6 +37,18 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.model = path / "model"  # what was trained, in the format that others read
 
+    def require_ours(self) -> None:
+        """Refuse to write into a folder that holds something else.
+
+        Raises:
+            UserError: it is there, is not empty, and no run wrote it.
+        """
+        if not self.recipe.is_file() and _visible(self.path):
+            raise UserError(
+                f"output = {str(self.path)!r} exists and is no run folder",
+                "Give the run a folder of its own.",
+            )
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """The right to write here; only one process has it.
@@ -44,12 +56,7 @@ class RunFolder:
         Raises:
             UserError: another process trains in it, or it holds something else.
         """
-        is_ours = self.recipe.is_file() or not _visible(self.path)
-        if not is_ours:
-            raise UserError(
-                f"output = {str(self.path)!r} exists and is no run folder",
-                "Give the run a folder of its own.",
-            )
+        self.require_ours()
         self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sdprep.buckets import Bucket, bucket_list
-from sdprep.console import say, warn
+from sdprep.console import talk, warn
 from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain.buckets import Assignment, GlobalOrder, assign, require_enough
@@ -144,7 +144,7 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     device = pick_device(recipe.precision.device)
     data = open_data(recipe.data, recipe.prompt)
     for note in data.notes:
-        say(f"data: {note}")
+        talk.print(f"data: {note}", markup=False, soft_wrap=True)
     family, adapter, hashes, plan = open_model(recipe, device)
     buckets = bucket_sizes(recipe, family)
     train = assign(data.train, buckets, recipe.data.max_upscale)

@@ -89,7 +89,10 @@ def open_table(path: Path) -> Splits:
     rows = table.kept(["id", "width", "height", "text", *also, *ranks])
     if score:
         rows = rows.rename_columns([*rows.column_names[:-1], "score"])
-    notes = [f"table version {table.version}; rejected rows stay out; score: {score or 'none'}"]
+    notes = [
+        f"table version {table.version}; rejected rows stay out; score: {score or 'none'}",
+        "a table carries no prompt policy: the defaults hold, and the recipe's [prompt]",
+    ]
     validation = None
     if "split" in also:
         is_validation = pc.fill_null(pc.equal(rows["split"], "validation"), False)
@@ -137,5 +140,6 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
         "caption": caption,
         "captions": captions,
         "tags": tags,
+        "repeats": text.get("repeats") or 1,
         "score": None if rank is None else min(9, max(1, math.floor(rank + 0.5))),
     }

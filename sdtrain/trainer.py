@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdprep.console import progress, say
+from sdprep.console import progress, say, talk
 from sdprep.errors import UserError
-from sdtrain import checkpoint, stable_eval, wording
+from sdtrain import checkpoint, page, stable_eval, wording
 from sdtrain.batch import Batch
 from sdtrain.loader import MicroBatch, load
 from sdtrain.probe_sets import open_probes
@@ -66,9 +66,10 @@ def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = 
         UserError: anything that the user can mend, before training where it can be known.
     """
     folder = RunFolder(recipe.output)
+    folder.require_ours()
+    setup = open_setup(recipe)
+    talk.print(setup.plan.table(), markup=False, soft_wrap=True)
     with folder.writing(), StopRequest() as stop:
-        setup = open_setup(recipe)
-        say(setup.plan.table())
         run = begin(setup, folder, resume=resume, accept=accept)
         if not run.is_finished:
             folder.describe(recipe, facts(setup))
@@ -81,6 +82,7 @@ def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = 
                 for tracker in trackers:
                     stack.callback(tracker.close)
                 fit(run, trackers, stop)
+            page.refresh(folder, is_last=True)
         if run.is_finished and not folder.model.exists():
             hand_over(run)
     newest = checkpoint.checkpoints(folder.checkpoints)[-1:]
@@ -103,7 +105,16 @@ def facts(setup: Setup) -> dict[str, Any]:
         "device": f"{device} ({name})",
         "data": {**setup.data.provenance, "fingerprint": setup.data.fingerprint},
         "freeze_table": setup.plan.table().splitlines(),
+        "freeze_rows": [dict(row.__dict__) for row in setup.plan.rows],
         "total_samples": setup.total_samples,
+        "model": f"{setup.family.name} from {setup.recipe.model.path}",
+        "adapter": setup.recipe.adapter.type,
+        "origin": setup.data.origin,
+        "images": {
+            "train": len(setup.train.kept),
+            "validation": 0 if setup.validation is None else len(setup.validation.kept),
+            "refused": len(setup.train.refused),
+        },
     }
 
 
@@ -136,8 +147,9 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
             if is_due(run, validate_every, before):
                 for line in evaluate(run, probes):
                     log(trackers, line)
+                page.refresh(run.folder)
             if is_due(run, sample_every, before) and recipe.sampling.prompts:
-                draw_samples(run)
+                sampling.draw(setup, run.folder.samples, run.samples_seen)
             if run.step and (stop.is_set or is_due(run, save_every, before)):
                 save(run, trackers)
             if stop.is_set:
@@ -263,13 +275,6 @@ def evaluate(run: Run, probes: Sequence[ProbeSet]) -> list[dict[str, Any]]:
         say(wording.resolution(lines))  # the first time that there is a change to look at
     run.evaluations += lines
     return lines
-
-
-def draw_samples(run: Run) -> None:
-    """Pictures of the recipe's prompts as the model is now."""
-    from sdtrain import sampling
-
-    sampling.draw(run.setup, run.folder.samples, run.samples_seen)
 
 
 def save(run: Run, trackers: Sequence[Any]) -> None:

@@ -83,6 +83,11 @@ def test_an_id_twice_is_refused(tmp_path: Path) -> None:
         opened(write_prepared(tmp_path / "set", [prepared_row(0), prepared_row(0)]))
 
 
+def test_rows_that_ask_for_repeats_are_counted(tmp_path: Path) -> None:
+    data = opened(write_prepared(tmp_path / "set", [prepared_row(0, repeats=3), prepared_row(1)]))
+    assert "1 rows ask for repeats; each is trained once per epoch" in data.notes
+
+
 def test_what_does_not_exist_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         opened(tmp_path / "nothing here")
