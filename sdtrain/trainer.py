@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdprep.console import progress, say, talk
 from sdprep.errors import UserError
-from sdtrain import checkpoint, page, stable_eval, wording
+from sdtrain import checkpoint, page, sampling, stable_eval, wording
 from sdtrain.batch import Batch
 from sdtrain.loader import MicroBatch, load
 from sdtrain.probe_sets import open_probes
