@@ -1,252 +1,29 @@
-"""Prompts: every law of the policy, independence of every draw, and properties of the text.
-
-Laws are checked on 100,000 keyed draws within 4 standard errors: a right law fails such a check
-with probability 6e-5, and never from one run to the next, for the seeds are fixed.
-"""
+"""Prompts: independence of every draw, and properties of the text."""
 
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import NormalDist, median
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdprep.clip_tokens import count_tokens
-from sdprep.errors import DataError, RecipeError
-from sdprep.prompt_policy import Length, load_policy
-from sdprep.prompt_stats import changed_knobs, compare, previews, statistics
-from sdprep.prompt_tags import _num_tags
 from sdprep.prompts import (
     Draws,
-    PromptCaption,
     PromptPolicy,
     PromptRecord,
     PromptTag,
     render_prompt,
-    validation_prompt,
 )
 from sdprep.recipe import validate
 from sdprep.seeding import uniform
+from tests.prompt_cases import ALL, PLAIN, policy, record, row
 
-DRAWS = 100_000
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def policy(**knobs) -> PromptPolicy:
-    """A policy from TOML-like values; without dropout, unless said otherwise."""
-    return validate({"dropout_p": 0.0, **knobs}, PromptPolicy, "the test")
-
-
-PLAIN = {"alias_p": 0.0, "tag_style": "spaces", "delimiter": {"comma_p": 1.0, "blank_p": 1.0}}
-ALL = {"length": {"law": "all"}}
-
-
-def record(*names, caption=None, score=None, id_="a" * 32, captions=()) -> PromptRecord:
-    texts = ([PromptCaption(caption)] if caption else []) + [PromptCaption(*c) for c in captions]
-    return PromptRecord(id_, tuple(PromptTag(name) for name in names), tuple(texts), score)
-
-
-def near(values, expected) -> bool:
-    """Whether the mean of independent values is within 4 standard errors of what it should be."""
-    n = len(values)
-    mean = sum(values) / n
-    sd = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return abs(mean - expected) < 4 * sd / math.sqrt(n) + 1e-12
-
-
-# --- laws ---------------------------------------------------------------------------------------
-
-
-def lengths(law: Length, total: int = 10_000) -> list[int]:
-    return [min(_num_tags(law, Draws(7, f"{at:032x}", 0), "", total), total) for at in range(DRAWS)]
-
-
-@pytest.mark.parametrize(
-    ("name", "p_least", "mean", "sd", "middle", "means", "all_kept"),
-    [
-        ("truncated_normal", 0.0090, 34.91, 16.98, 34, (9.85, 18.56, 30.13), (0.949, 0.797, 0.376)),
-        ("clamped_normal", 0.0946, 32.33, 18.28, None, (9.43, 17.39, 27.96), (0.867, 0.728, 0.343)),
-    ],
-)
-def test_length_laws(name, p_least, mean, sd, middle, means, all_kept):
-    found = lengths(Length(law=name))
-    # The table is rounded: half of its last digit is allowed on top of 4 standard errors.
-    error = 4 / math.sqrt(DRAWS)
-    assert min(found) == 5
-    share = sum(n == 5 for n in found) / DRAWS
-    assert abs(share - p_least) < error * math.sqrt(p_least * (1 - p_least)) + 5e-5
-    average = sum(found) / DRAWS
-    assert abs(average - mean) < error * sd + 5e-3
-    spread = math.sqrt(sum((n - average) ** 2 for n in found) / DRAWS)
-    assert abs(spread - sd) < error * sd + 5e-3  # the sd of a sample sd is below sd / sqrt(n)
-    assert middle is None or median(found) == middle
-    for total, expected, kept in zip((10, 20, 40), means, all_kept, strict=True):
-        cut = [min(n, total) for n in found]
-        average = sum(cut) / DRAWS
-        cut_sd = math.sqrt(sum((n - average) ** 2 for n in cut) / DRAWS)
-        assert abs(average - expected) < error * cut_sd + 5e-3
-        share = sum(n == total for n in cut) / DRAWS
-        assert abs(share - kept) < error * math.sqrt(kept * (1 - kept)) + 5e-4
-
-
-def test_truncated_law_equals_its_distribution_function_exactly():
-    law, normal = Length(mean=12.0, sd=6.0, min=3), NormalDist(12.0, 6.0)
-    found = lengths(law)
-    below = normal.cdf(3)
-    for n in (3, 5, 9, 12, 20):
-        expected = (normal.cdf(n + 1) - below) / (1 - below)
-        assert near([float(value <= n) for value in found], expected)
-
-
-def test_extreme_laws_stay_finite():
-    draws = [Draws(1, str(at), 0) for at in range(300)]
-    assert {_num_tags(Length(mean=0.0, sd=0.1, min=500), d, "", 9) for d in draws} == {500}
-    assert {_num_tags(Length(mean=900.0, sd=0.01, min=0), d, "", 9) for d in draws} <= {899, 900}
-    assert {
-        _num_tags(Length(law="clamped_normal", mean=0.0, sd=0.1, min=0), d, "", 9) for d in draws
-    } == {0}
-
-    class Edge:
-        def __init__(self, u):
-            self.u = u
-
-        def uniform(self, knob):
-            return self.u
-
-    for law in ("truncated_normal", "clamped_normal"):
-        assert _num_tags(Length(law=law), Edge(0.0), "", 9) == 5
-        assert _num_tags(Length(law=law), Edge(1 - 2**-53), "", 9) > 150
-
-
-def test_empirical_law_and_like_caption_and_all():
-    found = lengths(Length(law="empirical", weights={"3": 1.0, "10": 3.0, "7": 0.0}))
-    assert set(found) == {3, 10}
-    assert near([float(n == 10) for n in found], 0.75)
-    names = [f"tag{at}" for at in range(40)]
-    caption = "a photo of a cat on a mat with a hat in a flat that is fat"
-    assert count_tokens(caption) == 17
-    like = policy(length={"law": "like_caption", "min": 2})
-    assert len(render_prompt(record(*names, caption=caption), like, 1, 0).tags) == 6
-    assert len(render_prompt(record(*names), policy(**ALL), 1, 0).tags) == 40
-
-
-@pytest.fixture(scope="module")
-def many():
-    """100,000 prompts of one image under the default policy, with other names for one tag."""
-    image = record("long_hair", "blue_eyes", "red_dress", "open_mouth", score=9)
-    default = PromptPolicy().with_aliases(
-        {"red_dress": ["crimson_gown", "scarlet_frock"], "unused": ["nothing"]},
-        ["red_dress", "long_hair"],
-    )
-    return [render_prompt(image, default, 3, visit) for visit in range(DRAWS)]
-
-
-def test_dropout_law(many):
-    assert near([float(prompt.dropped) for prompt in many], 0.10)
-    dropped = [prompt for prompt in many if prompt.dropped]
-    assert {prompt.text for prompt in dropped} == {""}
-    assert {(prompt.tokens, prompt.chunks, prompt.tags) for prompt in dropped} == {(0, 1, ())}
-
-
-def test_score_laws(many):
-    shown = [prompt for prompt in many if not prompt.dropped]
-    assert near([len(prompt.score_tags) for prompt in shown], 2.0)
-    for name in ("score_9", "score_9_up", "score_1_up"):
-        assert near([float(name in prompt.score_tags) for prompt in shown], 0.2)
-    assert all(prompt.text.startswith("score_") for prompt in shown)
-
-
-@pytest.mark.parametrize(
-    ("rank", "knobs", "mean", "p_given"),
-    [
-        (1, {}, 1.5, 0.75),
-        (2, {}, 2.0, 2 / 3),
-        (9, {"count": "weighted"}, 10 / 6, 1 / 6),
-        (1, {"count": "weighted"}, 1.4, 0.7),
-        (5, {"drop_p": 0.1}, 1.8, 0.3),
-        (5, {"set": "up"}, 2.0, 0.4),
-        (5, {"set": "exact"}, 1.0, None),
-    ],
-)
-def test_score_count_laws(rank, knobs, mean, p_given):
-    image, how = record("cat", score=rank), policy(**ALL, **PLAIN, score=knobs)
-    found = [render_prompt(image, how, 5, visit) for visit in range(20_000)]
-    assert near([len(prompt.score_tags) for prompt in found], mean)
-    if p_given:
-        name = f"score_{rank}_up"
-        assert near([float(name in prompt.score_tags) for prompt in found], p_given)
-    else:
-        assert {prompt.score_tags for prompt in found} == {(f"score_{rank}",)}
-
-
-def test_style_law(many):
-    shown = [prompt.text for prompt in many if not prompt.dropped]
-    for name in ("long_hair", "open_mouth"):
-        assert near([float(name.replace("_", " ") in text) for text in shown], 1 / 3 + 0.8 / 3)
-    assert near(
-        [float("long_hair" in text and "blue_eyes" in text) for text in shown], (1 + 0.2**2) / 3
-    )
-
-
-def test_delimiter_law(many):
-    commas, blanks, only_commas = [], [], []
-    for prompt in (prompt for prompt in many if not prompt.dropped):
-        gaps = len(prompt.tags) + len(prompt.score_tags) - 1
-        commas.append(prompt.text.count(",") / gaps)
-        only_commas.append(float(prompt.text.count(",") == gaps))
-        if prompt.text.count(","):
-            blanks.append(prompt.text.count(", ") / prompt.text.count(","))
-    assert near(commas, 0.96)
-    assert near(blanks, 0.8)
-    assert sum(only_commas) / len(only_commas) > 0.85
-
-
-def test_alias_law(many):
-    shown = [prompt.text.replace("_", " ") for prompt in many if not prompt.dropped]
-    assert near([float("red dress" not in text) for text in shown], 0.2)
-    assert near([float("crimson gown" in text) for text in shown], 0.1)
-    assert not any("nothing" in text for text in shown)
-    assert all("long hair" in text for text in shown)
-
-
-def test_pick_and_concat_random_laws():
-    image = record("cat", caption="a cat")
-    for p in (0.1, 0.7):
-        how = policy(mode="pick", pick={"p_tags": p})
-        found = [render_prompt(image, how, 2, visit).mode for visit in range(20_000)]
-        assert near([float(mode == "tags") for mode in found], p)
-    how = policy(mode="concat_random")
-    found = [render_prompt(image, how, 2, visit).mode for visit in range(20_000)]
-    assert set(found) == {"tags_caption", "caption_tags"}
-    assert near([float(mode == "tags_caption") for mode in found], 0.5)
-
-
-def test_captions_are_drawn_by_the_weight_of_their_source():
-    image = record(captions=[("one", "human"), ("two", "florence"), ("three", "never")])
-    how = policy(mode="caption", caption_weights={"human": 3.0, "never": 0.0})
-    found = [render_prompt(image, how, 2, visit).text for visit in range(20_000)]
-    assert set(found) == {"one", "two"}
-    assert near([float(text == "one") for text in found], 0.75)
-
-
-def test_shuffled_scores_take_every_place_alike():
-    how = policy(**ALL, **PLAIN, num_keep=1, score={"position": "shuffled", "set": "exact"})
-    image = record("keep", "b", "c", score=4)
-    places = [
-        render_prompt(image, how, 1, visit).text.split(", ").index("score_4")
-        for visit in range(20_000)
-    ]
-    for place in (1, 2, 3):
-        assert near([float(at == place) for at in places], 1 / 3)
-    assert 0 not in places
-
 
 # --- keys ---------------------------------------------------------------------------------------
 
@@ -294,10 +71,6 @@ names_ = st.lists(
 )
 
 
-def _row(names, **more):
-    return {"id": "f" * 32, "tags": [{"name": n, "category": "general"} for n in names], **more}
-
-
 @settings(max_examples=150, deadline=None)
 @given(names_, st.randoms(use_true_random=False), st.integers(0, 99))
 def test_input_order_is_irrelevant(names, random, visit):
@@ -305,7 +78,7 @@ def test_input_order_is_irrelevant(names, random, visit):
     how = PromptPolicy().with_aliases(aliases, names)
     shuffled = list(names)
     random.shuffle(shuffled)
-    one, two = (PromptRecord.from_row(_row(each, score=5)) for each in (names, shuffled))
+    one, two = (PromptRecord.from_row(row(each, score=5)) for each in (names, shuffled))
     if len(one.tags) == len(names):  # else two names are one tag, whose first spelling counts
         assert render_prompt(one, how, 1, visit) == render_prompt(two, how, 1, visit)
 
@@ -419,8 +192,8 @@ captions_ = st.one_of(
 @given(odd_names, captions_, any_policy, st.integers(0, 9), st.integers(0, 5))
 def test_properties_of_every_prompt(names, caption, knobs, score, visit):
     how = validate({**knobs, "priority": ["watermark"]}, PromptPolicy, "the test")
-    row = _row([*names, "watermark", "1girl"], caption=caption, score=score)
-    found = render_prompt(row, how, 1, visit)
+    image = row([*names, "watermark", "1girl"], caption=caption, score=score)
+    found = render_prompt(image, how, 1, visit)
     assert found.tokens == count_tokens(found.text) <= 75 * how.max_chunks
     assert 1 <= found.chunks <= how.max_chunks
     if found.dropped:
@@ -546,130 +319,3 @@ def test_ratings_are_not_written_and_can_be():
 def test_text_is_made_plain_once():
     image = record(caption="it\u2019s a \u201ccat\u201d &amp; more<|endoftext|>")
     assert render_prompt(image, policy(mode="caption"), 1, 0).text == 'it\'s a "cat" & more'
-
-
-# --- rows, policies, validation prompts ----------------------------------------------------------
-
-
-def test_rows_of_table_and_published_set():
-    row = {
-        "id": "c" * 32,
-        "tags": [
-            {"name": "Long Hair", "category": None, "score": 0.5, "source": "wd"},
-            {"name": "long_hair", "category": "general", "score": None, "source": "sidecar"},
-        ],
-        "caption": "a cat",
-        "captions": [{"text": "a cat", "source": "sidecar"}, {"text": "the cat", "source": None}],
-        "score": 4,
-        "image": b"ignored",
-    }
-    found = PromptRecord.from_row(row)
-    assert found.tags == (PromptTag("long_hair", "general"),)
-    assert found.captions == (PromptCaption("a cat", "sidecar"), PromptCaption("the cat", ""))
-    assert found.score == 4
-    empty = {"id": "d", "tags": None, "caption": None, "captions": None, "score": None}
-    assert PromptRecord.from_row(empty) == PromptRecord("d")
-    assert PromptRecord.from_row({"id": "d", "caption": "x"}).captions == (PromptCaption("x"),)
-    assert PromptRecord.from_row({"id": "d", "score": 0}).score is None
-    assert PromptRecord.from_row({"id": "d", "score": float("nan")}).score is None
-    assert render_prompt(row, policy(), 1, 0) == render_prompt(found, policy(), 1, 0)
-    for bad in (10, -1, 4.5):
-        with pytest.raises(DataError, match="row d: score"):
-            PromptRecord.from_row({"id": "d", "score": bad})
-
-
-def test_policy_round_trips_through_json():
-    how = policy(
-        mode="pick",
-        tag_style="spaces",
-        length={"law": "empirical", "weights": {"4": 2.0}},
-        triggers=["sks"],
-    ).with_aliases({"a": ["b"]}, ["a"])
-    again = validate(json.loads(how.model_dump_json(by_alias=True)), PromptPolicy, "sdprep.json")
-    assert again == how
-    assert json.loads(json.dumps(how.model_dump(mode="json"))) == how.model_dump(mode="json")
-
-
-def test_overrides_change_only_what_they_name():
-    base = policy(dropout_p=0.3, length={"law": "all", "mean": 20.0}, triggers=["sks"])
-    over = validate({"length": {"mean": 10.0}, "mode": "concat"}, PromptPolicy, "[prompt]")
-    merged = base.overridden(over)
-    assert (merged.dropout_p, merged.triggers, merged.mode) == (0.3, ("sks",), "concat")
-    assert (merged.length.law, merged.length.mean) == ("all", 10.0)
-    assert set(changed_knobs(base, merged)) == {"length.mean", "mode"}
-
-
-def test_policy_files_and_their_mistakes(tmp_path):
-    file = tmp_path / "my policy.toml"
-    file.write_text('[policy]\nmode = "concat"\n[policy.score]\nposition = "back"\n', "utf-8")
-    assert load_policy(file).score.position == "back"
-    file.write_text('mode = "caption"\n', "utf-8")
-    assert load_policy(file).mode == "caption"
-    file.write_text('mod = "caption"\ndropout_p = 2.0\n[length]\nlaw = "empirical"\n', "utf-8")
-    with pytest.raises(RecipeError) as error:
-        load_policy(file)
-    for part in ("did you mean mode?", "dropout_p", "must be <= 1", "length.weights"):
-        assert part in str(error.value)
-    with pytest.raises(RecipeError, match="no recipe"):
-        load_policy(tmp_path / "absent.toml")
-
-
-def test_validation_prompts_have_no_noise():
-    image = record("red_dress", "long_hair", "1girl", score=3)
-    noisy = validate(
-        {"dropout_p": 1.0, "score": {"drop_p": 1.0}, "alias_p": 1.0}, PromptPolicy, "t"
-    )
-    noisy = noisy.with_aliases({"red_dress": ["gown"]}, ["red_dress"])
-    texts = {validation_prompt(image, noisy, 1) for _ in range(3)}
-    assert len(texts) == 1
-    text = texts.pop()
-    assert {"red dress", "long hair", "1girl"} <= set(text.split(", "))
-    assert "score_" in text
-    lined = validate(
-        {"tag_style": "underscores", "delimiter": {"comma_p": 0.0, "mixed_comma_p": 0.0}},
-        PromptPolicy,
-        "t",
-    )
-    assert "red_dress" in validation_prompt(image, lined, 1).split(" ")
-    many = [record("a_bcd", "b_cde", "c_def", id_=str(at)) for at in range(200)]
-    assert all(validation_prompt(each, PromptPolicy(), 1).count(", ") == 2 for each in many)
-
-
-# --- statistics -----------------------------------------------------------------------------------
-
-
-def test_statistics_count_what_is_rendered():
-    rows = [
-        _row([f"tag_{at}" for at in range(40)], score=5) | {"id": f"{n:032x}"} for n in range(50)
-    ]
-    rows.append({"id": "none"})
-    found = statistics(rows, PromptPolicy(), 1, visits=4)
-    json.dumps(found)
-    assert (found["images"], found["prompts"]) == (51, 204)
-    prompts = [render_prompt(row, PromptPolicy(), 1, visit) for row in rows for visit in range(4)]
-    shown = [prompt for prompt in prompts if not prompt.dropped]
-    assert found["shares"]["dropped"] == (204 - len(shown)) / 204
-    assert sum(found["tokens"].values()) == sum(found["chunks"].values()) == len(shown)
-    assert found["means"]["tokens"] == sum(prompt.tokens for prompt in shown) / len(shown)
-    assert found["missing"] == {"both": sum(prompt.missing == "both" for prompt in shown)}
-    assert found["shares"]["chunks_1"] == sum(prompt.chunks == 1 for prompt in shown) / len(shown)
-    top = found["exposure"]["most_frequent"][0]
-    assert top["prompts"] == sum(top["name"] in prompt.tags for prompt in shown)
-    assert found["exposure"]["distinct_tags"] == 40
-    assert statistics([], PromptPolicy(), 1)["prompts"] == 0
-
-
-def test_previews_and_comparison():
-    rows = [_row(["red_dress", "cat"]) | {"id": str(at)} for at in range(4)]
-    found = list(previews(rows, policy(), 1, visit=2, visits=3))
-    assert [(each["id"], each["visit"]) for each in found[:4]] == [
-        ("0", 2),
-        ("0", 3),
-        ("0", 4),
-        ("1", 2),
-    ]
-    assert {"id", "text", "tags", "tokens", "chunks"} <= set(found[0])
-    assert found[0]["text"] == render_prompt(rows[0], policy(), 1, 2).text
-    pairs = list(compare(rows, policy(tag_style="spaces"), policy(tag_style="underscores"), 1))
-    assert all(not pair["same"] for pair in pairs)
-    assert all(pair["second"]["text"].replace("_", " ") == pair["first"]["text"] for pair in pairs)
