@@ -135,6 +135,7 @@ def test_velocity_prediction_changes_the_target_only(tiny_model: Callable[[str],
         torch.testing.assert_close(denoising_loss(family, batch, mse), expected)
     pipeline = family.pipeline()
     assert pipeline.unet is family.parts["unet"]
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])

@@ -199,7 +199,7 @@ class StableDiffusion:
 
     def pipeline(self) -> Any:
         """A diffusers pipeline over these very networks."""
-        return self.folder.pipeline()
+        return self.folder.pipeline(prediction_type=self.prediction_type)
 
     def save(self, path: Path) -> None:
         """Write a complete diffusers folder.

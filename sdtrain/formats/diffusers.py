@@ -37,8 +37,13 @@ class Folder:
     scheduler: Any
     index: dict[str, Any]
 
-    def pipeline(self, scheduler: Any = None) -> Any:
-        """A pipeline over these networks, without safety checker or watermark."""
+    def pipeline(self, *, prediction_type: str) -> Any:
+        """A pipeline over these networks, without safety checker or watermark.
+
+        Args:
+            prediction_type: what the networks were trained to say, whatever the checkpoint's
+                scheduler was told.
+        """
         import diffusers
 
         options: dict[str, Any] = dict(self.index)
@@ -47,8 +52,11 @@ class Folder:
             options["requires_safety_checker"] = False
         else:
             options["add_watermarker"] = False
+        scheduler = type(self.scheduler).from_config(
+            self.scheduler.config, prediction_type=prediction_type
+        )
         made = getattr(diffusers, self.pipeline_class)(
-            **self.networks, **self.tokenizers, scheduler=scheduler or self.scheduler, **options
+            **self.networks, **self.tokenizers, scheduler=scheduler, **options
         )
         made.set_progress_bar_config(disable=True)
         return made
@@ -60,12 +68,10 @@ class Folder:
             path: made if absent.
             prediction_type: written into the scheduler, so that samplers know it.
         """
-        scheduler = type(self.scheduler).from_config(
-            self.scheduler.config, prediction_type=prediction_type
-        )
         path.mkdir(parents=True, exist_ok=True)
-        self.pipeline(scheduler).save_config(str(path))  # model_index.json
-        scheduler.save_pretrained(str(path / "scheduler"))
+        pipeline = self.pipeline(prediction_type=prediction_type)
+        pipeline.save_config(str(path))  # model_index.json
+        pipeline.scheduler.save_pretrained(str(path / "scheduler"))
         for name, tokenizer in self.tokenizers.items():
             write_tokenizer(path / name, tokenizer)
         for part, network in self.networks.items():
