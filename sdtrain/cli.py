@@ -102,6 +102,135 @@ def inspect(
         out.print(found["path"], markup=False)
 
 
+@app.command(
+    epilog="Example: sdtrain validate recipes/tiny/sd15.toml --checkpoint runs/a/checkpoints/64"
+)
+def validate(
+    recipe: Recipe,
+    checkpoints: Annotated[
+        list[Path],
+        typer.Option(
+            "--checkpoint", help="RUN/checkpoints/SAMPLES, or a diffusers folder. Repeats."
+        ),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the loss matrices; default: the output plus -validate."),
+    ] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate checkpoints and the base model on the recipe's probe, and compare them."""
+    from sdtrain import validate as validation
+    from sdtrain.recipe import load_train_recipe
+
+    loaded = load_train_recipe(recipe, settings or ())
+    found = validation.validate_checkpoints(loaded, checkpoints, to)
+    if as_json:
+        print_json(validation.to_json(found))
+    else:
+        out.print(validation.report(found), markup=False)
+
+
+@app.command(epilog="Example: sdtrain compare runs/first runs/second")
+def compare(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A [B …]",
+            help="Run folders, checkpoints of runs, or .npz files; one run alone is compared "
+            "with its own start.",
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say whether B is better than A on the same probe, and how sure that is."""
+    from sdtrain.compare import compare_paths, text
+
+    pairs = compare_paths(paths)
+    if as_json:
+        print_json({"comparisons": [pair.to_json() for pair in pairs]})
+    else:
+        out.print(text(pairs), markup=False)
+
+
+Prompts = Annotated[
+    Path, typer.Option(help="Text file, one prompt a line; an empty line is the empty prompt.")
+]
+
+
+@app.command(epilog="Example: sdtrain sample runs/first --prompts prompts.txt --to pictures/")
+def sample(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="RUN/checkpoints/SAMPLES, or a run for its newest.")
+    ],
+    prompts: Prompts,
+    to: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    seed: Annotated[int | None, typer.Option(help="Keys the noise; default: the run's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the sampler; default: the run's.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance scale; default: the run's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw prompts with a checkpoint."""
+    from sdtrain.sampling import read_prompts, sample_checkpoint
+
+    found = sample_checkpoint(
+        checkpoint,
+        read_prompts(prompts),
+        to,
+        seed=seed,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    )
+    if as_json:
+        print_json(found)
+    else:
+        out.print(found["path"], markup=False)
+
+
+@app.command(
+    epilog="Example: sdtrain grid runs/a/checkpoints/16 runs/a/checkpoints/64 "
+    "--prompts prompts.txt --to grid.png"
+)
+def grid(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT…", help="One row each.")],
+    prompts: Prompts,
+    to: Annotated[Path, typer.Option(help="The picture to write.")],
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", help="One column per prompt and seed. Repeats.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the same prompts with several checkpoints, side by side."""
+    from sdtrain.grid import draw_grid
+    from sdtrain.sampling import read_prompts
+
+    found = draw_grid(checkpoints, read_prompts(prompts), to, seeds or ())
+    if as_json:
+        print_json(found)
+    else:
+        out.print(found["path"], markup=False)
+
+
+@app.command(epilog="Example: sdtrain report runs/first")
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Json = False,
+) -> None:
+    """Write a run's page anew: report.html, all in one file."""
+    from sdtrain.page import write_page
+
+    path = write_page(run_folder)
+    if as_json:
+        print_json({"path": str(path)})
+    else:
+        out.print(str(path), markup=False)
+
+
 @app.command(epilog="Example: sdtrain tiny sd15 models/tiny-sd15")
 def tiny(
     family: Annotated[str, typer.Argument(help="A family, such as sd15 or sdxl.")],

@@ -1,0 +1,51 @@
+"""How a run's page looks: one column on a phone, two on a desk, nothing fetched from anywhere."""
+
+STYLE = """
+:root { color-scheme: light; --ink: #1f2328; --dim: #59636e; --line: #d8dee4; --paper: #fff }
+* { box-sizing: border-box }
+body { margin: 0; background: #f6f8fa; color: var(--ink);
+       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
+main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .8rem }
+h3 { font-size: 1rem; margin: 0 0 .4rem }
+p { margin: .35rem 0 }
+header p, figcaption, small, dt { color: var(--dim) }
+header p { overflow-wrap: anywhere }
+.bar { height: 6px; border-radius: 3px; background: #dde3e9; overflow: hidden; margin-top: .6rem }
+.bar i { display: block; height: 100%; background: #0b6bcb }
+.card, figure, .tiles div, .verdict { background: var(--paper); border: 1px solid var(--line);
+       border-radius: 8px; padding: 1rem }
+.verdict { margin-top: 1.2rem; border-left: 6px solid #8c959f }
+.verdict h2 { margin: 0 0 .3rem; font-size: 1.4rem }
+.verdict.good { border-left-color: #1a7f37 } .verdict.good h2 { color: #1a7f37 }
+.verdict.warn { border-left-color: #bf8700 } .verdict.warn h2 { color: #8a6100 }
+.verdict.bad { border-left-color: #cf222e } .verdict.bad h2 { color: #cf222e }
+.tiles { display: grid; gap: .8rem; margin-top: .8rem;
+         grid-template-columns: repeat(auto-fit, minmax(min(100%, 12rem), 1fr)) }
+.tiles span { display: block; color: var(--dim); font-size: .85rem }
+.tiles b { display: block; font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums }
+.tiles small { font-size: .8rem }
+.figures { display: grid; gap: .8rem;
+           grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)) }
+figure { margin: 0; min-width: 0 }
+figure img { width: 100%; height: auto; display: block }
+figcaption { font-size: .85rem; margin-top: .5rem }
+.samples { overflow-x: auto } .samples img { max-width: 100%; height: auto; display: block }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .35rem .9rem .35rem 0; white-space: nowrap;
+         border-bottom: 1px solid #eaeef2 }
+th { color: var(--dim); font-weight: 600; font-size: .85rem }
+tbody tr:last-child td { border-bottom: 0 }
+.n { text-align: right } .n:last-child { padding-right: 0 }
+dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .3rem 1.2rem;
+     margin: 0 }
+dd { margin: 0; overflow-wrap: anywhere; min-width: 0 }
+details + details { border-top: 1px solid #eaeef2 }
+summary { cursor: pointer; padding: .5rem 0; font-weight: 600 }
+pre { overflow-x: auto; background: #f6f8fa; border-radius: 6px; padding: .8rem; margin: .3rem 0;
+      font: 13px/1.45 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace }
+@media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .5rem } }
+@media print { body { background: #fff } figure, .card { break-inside: avoid } }
+"""
