@@ -133,7 +133,7 @@ def _verdict(folder: RunFolder, sets: Mapping[str, Sequence[Line]]) -> str:
     if held_out:
         lines.append(_certainty(held_out))
     lines.append(_since_best(folder, sets.get("validation", [])))
-    text = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
+    text = "".join(f"<p>{parts.typeset(line)}</p>" for line in lines if line)
     title = escape(word[0].upper() + word[1:])
     return f'<section class="verdict {_TONES.get(word, "")}"><h2>{title}</h2>{text}</section>'
 
@@ -171,7 +171,9 @@ def _tiles(training: Sequence[Line], sets: Mapping[str, Sequence[Line]], facts: 
     for name, lines in sets.items():
         line = lines[-1]
         note = f"± {half(line['ci95_percent'])} · loss {line['mean']:.5f}"
-        tiles.append((figures.NAMES.get(name, name), percent(line["change_percent"]), note))
+        tiles.append(
+            (f"{figures.NAMES.get(name, name)}: loss", percent(line["change_percent"]), note)
+        )
     if training:
         line = training[-1]
         rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(line["lr"].values()))
@@ -180,9 +182,11 @@ def _tiles(training: Sequence[Line], sets: Mapping[str, Sequence[Line]], facts: 
     if images.get("train"):
         epochs = training[-1]["samples_seen"] / images["train"] if training else 0
         note = f"{images.get('validation', 0):,} held out"
-        tiles.append(("Training images", f"{images['train']:,}", f"{note} · {epochs:.3g} epochs"))
+        tiles.append(
+            ("Images to train on", f"{images['train']:,}", f"{note} · {epochs:.3g} epochs")
+        )
     cells = "".join(
-        f"<div><span>{escape(title)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>"
+        f"<div><span>{escape(title)}</span><b>{parts.typeset(value)}</b><small>{escape(note)}</small></div>"
         for title, value, note in tiles
     )
     return f'<section class="tiles">{cells}</section>' if tiles else ""

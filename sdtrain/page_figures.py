@@ -139,15 +139,15 @@ def loss_figure(lines: Sequence[Line], key: str, label: str, colour: str) -> str
     shown = _thinned(len(known), 1500)
 
     def draw(axes: Axes) -> None:
-        axes.plot(
-            [clock[at] for at in shown], values[shown], ".", color=colour, alpha=0.3, ms=4, mew=0
-        )
+        size = 4 if len(known) <= 300 else 2.5
+        at_clock = [clock[at] for at in shown]
+        axes.plot(at_clock, values[shown], "o", color=colour, alpha=0.35, ms=size, mew=0)
         smooth = running_mean(values)
-        axes.plot([clock[at] for at in shown], smooth[shown], color=colour, lw=1.8)
-        # A first step or a spike must not flatten everything else.
-        low, high = np.quantile(values, [0.005, 0.985]) if len(values) > 8 else (0.0, 0.0)
-        if high > low and values.max() > high + 2 * (high - low):
-            axes.set_ylim(min(low, smooth.min()), high + 0.25 * (high - low))
+        axes.plot(at_clock, smooth[shown], color=colour, lw=1.8)
+        # The first steps or a spike must not flatten everything else.
+        low, high = np.quantile(values, [0.0, 0.94])
+        if len(values) > 8 and values.max() > high + (high - low) > 0:
+            axes.set_ylim(low - 0.08 * (high - low), high + 0.15 * (high - low))
         axes.set_ylabel(label)
         _clock_axis(axes, clock)
 

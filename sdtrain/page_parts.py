@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
+
+
+def typeset(text: str) -> str:
+    """Escaped text whose negative numbers carry a real minus."""
+    return escape(re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text))
 
 
 def figure(title: str, uri: str, caption: str) -> str:

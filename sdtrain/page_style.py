@@ -31,6 +31,14 @@ header p { overflow-wrap: anywhere }
 figure { margin: 0; min-width: 0 }
 figure img { width: 100%; height: auto; display: block }
 figcaption { font-size: .85rem; margin-top: .5rem }
+@media (min-width: 62rem) {  /* an odd one out takes the row, its words beside it */
+  .figures { grid-template-columns: 1fr 1fr }
+  .figures figure:last-child:nth-child(odd) { grid-column: 1 / -1; display: grid;
+    grid-template: auto 1fr / 1fr 1fr; column-gap: 2rem }
+  .figures figure:last-child:nth-child(odd) img { grid-row: 1 / 3 }
+  .figures figure:last-child:nth-child(odd) h3 { grid-area: 1 / 2; margin-top: 1rem }
+  .figures figure:last-child:nth-child(odd) figcaption { grid-area: 2 / 2; margin: 0 }
+}
 .samples { overflow-x: auto } .samples img { max-width: 100%; height: auto; display: block }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
