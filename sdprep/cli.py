@@ -42,6 +42,7 @@ _add("select", curate.select, 'sdprep select photos.lance --where "width * heigh
 _add("split", curate.split, "sdprep split photos.lance --validation 0.05")
 _add("prompts", output.prompts, "sdprep prompts photos.lance --count 5")
 _add("publish", output.publish, "sdprep publish photos.lance --to photos-prepared")
+_add("export", output.export, "sdprep export photos.lance --to photos-kohya --format kohya")
 _add("run", output.run, "sdprep run recipes/prep/photos.toml --set split.validation=0.1")
 _add("status", look.status, "sdprep status photos.lance")
 _add("history", look.history, "sdprep history photos.lance")

@@ -20,7 +20,7 @@ from sdprep.errors import UserError, nearest
 if TYPE_CHECKING:
     from sdprep.recipe import Section
 
-PREP_KINDS = ("source", "scorer", "tagger", "detector", "captioner")
+PREP_KINDS = ("source", "scorer", "tagger", "detector", "captioner", "export")
 TRAIN_KINDS = ("family", "loss", "weighting", "adapter", "optimizer", "schedule")
 
 _PACKAGES = {

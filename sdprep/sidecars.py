@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sdprep.source_item import ItemText
@@ -21,6 +22,7 @@ RATINGS = {
 }
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+_GAPS = re.compile(r"[\s,_]+")
 _ROLES = ("caption", "tags", "rating", "license", "parent_id", "class_name", "split", "repeats")
 
 
@@ -63,12 +65,24 @@ def parse_json(data: bytes) -> tuple[Any, bool]:
         raise BadText("bad_json") from None
 
 
+def parse_json_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Number and record of each line that is not blank; None where it is no JSON object."""
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            try:
+                record, _ = parse_json(line)
+            except BadText:
+                record = None
+            yield number, record if isinstance(record, dict) else None
+
+
 def text_of_record(record: Mapping[str, Any]) -> tuple[ItemText, list[str]]:
     """What a metadata record says about its image; keys that we do not know are left alone.
 
     Args:
         record: `caption` (or `text`), `tags` (list of names, list of {name, category}, or text with
-            commas), `rating`, `license`, `parent_id`, `class_name`, `split`, `repeats`.
+            commas), `tags_json` (the same list as JSON text, which may say it more exactly),
+            `rating`, `license`, `parent_id`, `class_name`, `split`, `repeats`.
     Returns:
         the text, and the names of fields whose values make no sense and were left out.
     """
@@ -84,7 +98,33 @@ def text_of_record(record: Mapping[str, Any]) -> tuple[ItemText, list[str]]:
             fields[name] = _READERS.get(name, _string)(value)
         except (TypeError, ValueError):
             bad.append(name)
-    return ItemText(**{name: value for name, value in fields.items() if value not in ("", ())}), bad
+    text = ItemText(**{name: value for name, value in fields.items() if value not in ("", ())})
+    try:
+        exact = _tags(json.loads(values.get("tags_json") or "[]"))
+    except (TypeError, ValueError, RecursionError):
+        return text, [*bad, "tags_json"]
+    return with_exact(text, ItemText(tags=exact)), bad
+
+
+def with_exact(text: ItemText, exact: ItemText) -> ItemText:
+    """`text`, in the words of `exact` wherever both say the same.
+
+    A text file cannot hold the commas in a tag, its category, or the lines of a caption that a
+    trainer reads as one. Ratings are not written among tags. Where someone edited the text, it
+    stays as edited.
+    """
+    written = [tag for tag in exact.tags if tag[1] != "rating"]
+    if _spelt(text.tags) == _spelt(written):
+        text = replace(text, tags=exact.tags)
+    if text.caption and exact.caption and text.caption.split() == exact.caption.split():
+        text = replace(text, caption=exact.caption)
+    return text
+
+
+def _spelt(tags: Iterable[tuple[str, str | None]]) -> list[str]:
+    """Names apart from what exporting may change in them."""
+    names = (" ".join(_GAPS.split(name)).strip().casefold() for name, _ in tags)
+    return [name for name in names if name]
 
 
 def _string(value: Any) -> str:

@@ -82,7 +82,7 @@ def show(
 
 
 def plugins(json_: Json = False) -> None:
-    """Every source, scorer, tagger, detector and captioner, with its options."""
+    """Every source, scorer, tagger, detector, captioner and export, with its options."""
     from sdprep.plugins import PREP_KINDS, describe, describe_text
 
     found = describe(PREP_KINDS)

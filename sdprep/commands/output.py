@@ -1,4 +1,4 @@
-"""Prompts, publishing, whole recipes."""
+"""Prompts, publishing, exports, whole recipes."""
 
 from __future__ import annotations
 
@@ -52,6 +52,25 @@ def publish(
     config = options(PublishConfig, settings or [], to=str(to), format=format_)
     report = publish_stage(PhotoTable.open(table), config, read_policy(policy))
     show_report(report, json_, publish_text(report))
+
+
+def export(
+    table: Table,
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    format_: Annotated[str, typer.Option("--format", help="kohya, webdataset or imagefolder.")],
+    settings: Set = None,
+    json_: Json = False,
+) -> None:
+    """Write images and text in the layout of another trainer."""
+    from sdprep.commands.text import export_text
+    from sdprep.export import export as write
+    from sdprep.plugins import config_for
+    from sdprep.recipe import options
+    from sdprep.table import PhotoTable
+
+    config = options(config_for("export", format_), settings or [], type=format_)
+    report = write(PhotoTable.open(table), to, config).to_json()  # type: ignore[arg-type]
+    show_report(report, json_, export_text(report))
 
 
 def run(

@@ -97,6 +97,18 @@ def publish_text(report: Report) -> str:
     )
 
 
+def export_text(report: Report) -> str:
+    """Where it is, and how much of it."""
+    lines = [
+        f"exported {report['train']:,} train and {report['validation']:,} validation images "
+        f"as {report['format']}",
+        f"  {report['path']}",
+    ]
+    if report["left_out"]:
+        lines.append(f"left out: {counted(report['left_out'])}")
+    return "\n".join(lines)
+
+
 def lint_text(report: Report) -> str:
     """Problems by kind, with examples."""
     lines = [

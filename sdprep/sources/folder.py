@@ -2,12 +2,14 @@
 
 `name.txt` holds tags, `name.caption` a caption, `name.json` or `name.jpg.json` both and more. A
 folder `<repeats>_<class>` gives its images both. A JSON file at the top that maps image names to
-`{caption, tags}` (kohya's metadata) fills in what sidecars do not say.
+`{caption, tags}` (kohya's metadata), or `metadata.jsonl` beside the images (load_dataset's
+imagefolder), fills in what sidecars do not say.
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -23,8 +25,10 @@ from sdprep.sidecars import (
     BadText,
     decode_text,
     parse_json,
+    parse_json_lines,
     split_tags,
     text_of_record,
+    with_exact,
 )
 from sdprep.source_item import Finding, ItemText, Limits, SourceConfig, SourceItem
 from sdprep.walk import SIDECARS, File, Listing, stem_of, walk
@@ -101,6 +105,7 @@ class FolderSource:
         self.findings = list(listing.findings)
         shared = Counter(stem_of(file.key) for file in listing.images)
         metadata, metadata_files = self._metadata(listing)
+        metadata_files += self._metadata_lines(listing, metadata)
         used: set[str] = set(metadata_files)
         for file in listing.images:
             text = self._text(file, listing, shared, used)
@@ -116,11 +121,14 @@ class FolderSource:
             )
         for sidecar in listing.sidecars.values():
             if sidecar.key not in used:
-                self.findings.append(Finding("ignored", "orphan_sidecar", sidecar.key))
+                is_list = sidecar.key.endswith(".jsonl")
+                kind = "unlisted .jsonl" if is_list else "orphan_sidecar"
+                self.findings.append(Finding("ignored", kind, sidecar.key))
 
     def _walked(self) -> Listing:
         if self._listing is None:
-            self._listing = walk(self.root, recursive=self._recursive)
+            kinds = (*SIDECARS, "jsonl")
+            self._listing = walk(self.root, recursive=self._recursive, sidecars=kinds)
         return self._listing
 
     # --- text beside images -------------------------------------------------------------------
@@ -147,7 +155,10 @@ class FolderSource:
             for kind in ("caption", "txt") if role == "caption" else ("txt", "caption"):
                 if kind in found and self._roles[kind] == role:
                     text = _filled(text, self._plain(*found[kind], role))
-        return _filled(text, self._record(*found["json"])) if "json" in found else text
+        if "json" not in found:
+            return text
+        record = self._record(*found["json"])
+        return _filled(with_exact(text, record), record)
 
     def _plain(self, sidecar: File, data: bytes, role: str) -> ItemText:
         content, is_guess = decode_text(data)
@@ -238,6 +249,32 @@ class FolderSource:
                 exact = [key for key in places[inside] if inside in (key, stem_of(key))]
                 for key in exact or places[inside]:
                     texts[key] = _filled(texts.get(key, ItemText()), text)
+
+    def _metadata_lines(self, listing: Listing, texts: dict[str, ItemText]) -> list[str]:
+        """Add the text of `metadata.jsonl` files, whose `file_name` is relative to their folder."""
+        keys = {file.key for file in listing.images}
+        files = []
+        for file in listing.sidecars.values():
+            folder, slash, name = file.key.rpartition("/")
+            if name != "metadata.jsonl":
+                continue
+            files.append(file.key)
+            for number, record in parse_json_lines(self._read(file, limit=2**31) or b""):
+                image = record.get("file_name") if record else None
+                if record is None or not isinstance(image, str):
+                    place = f"{file.key}:{number}"
+                    self.findings.append(Finding("missing", "bad_metadata_line", place))
+                    continue
+                inside = self._inside(posixpath.normpath(f"{folder}{slash}{image}"))
+                if inside not in keys:
+                    kind = "outside_root" if inside is None else "missing_file"
+                    self.findings.append(Finding("missing", kind, f"{folder}{slash}{image}"))
+                    continue
+                text, bad = text_of_record(record)
+                for part in bad:
+                    self._warn(f"bad_{part}", inside)
+                texts[inside] = _filled(texts.get(inside, ItemText()), text)
+        return files
 
     def _inside(self, name: str) -> str | None:
         """A metadata key as a path in the folder, or None if it leads out of it."""

@@ -1,0 +1,1 @@
+"""Layouts that other trainers read: one module each."""
