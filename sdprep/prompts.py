@@ -61,6 +61,7 @@ def render_prompt(
         for side in sides
     ]
     if sides:
+        blocks = [block for block in blocks if block] or [[]]  # a length law may ask for no tags
         _add_scores(blocks, record.score, policy, draws)
     _add_triggers(blocks, policy)
     units = [unit for block in blocks for unit in block]
@@ -165,8 +166,8 @@ def _scatter(
     blocks: list[list[Unit]], units: list[Unit], policy: PromptPolicy, draws: Draws
 ) -> None:
     """Give each score tag a place of its own among the tags (or beside the caption)."""
-    body = next((block for block in blocks if block[0].kind == "tag"), blocks[0])
-    first = min(policy.num_keep, len(body)) if body[0].kind == "tag" else 0
+    body = next((block for block in blocks if block and block[0].kind == "tag"), blocks[0])
+    first = sum(unit.kind == "tag" for unit in body[: policy.num_keep])
     num_slots = len(body) - first + 1
     slots = draws.uniforms("score.position", [unit.subject for unit in units])
     placed = sorted(zip(slots, units, strict=True), reverse=True)

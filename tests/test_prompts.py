@@ -8,6 +8,7 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -234,6 +235,29 @@ def test_fitting_removes_whole_words_from_the_end_and_keeps_what_is_protected():
     assert alone.tokens <= 75
     assert alone.truncated
     assert len(alone.tags) > 5
+
+
+def test_a_comma_is_not_doubled_where_a_caption_was_cut():
+    words = ", ".join(f"word{at}" for at in range(200))
+    for position in ("front", "back", "shuffled"):
+        how = policy(**PLAIN, mode="caption", max_chunks=1, score={"position": position})
+        for visit in range(6):
+            text = render_prompt(record(caption=words, score=9), how, 1, visit).text
+            assert ",," not in text.replace(" ", "")
+            assert "score_" in text
+
+
+@pytest.mark.parametrize("position", ["front", "back", "shuffled", "none"])
+@pytest.mark.parametrize("order", ["tags_caption", "caption_tags"])
+def test_a_law_may_ask_for_no_tags(position, order):
+    none = {"law": "empirical", "weights": {"0": 1.0}}
+    score = {"position": position, "set": "exact"}
+    how = policy(**PLAIN, mode="concat", concat={"order": order}, length=none, score=score)
+    found = render_prompt(record("cat", caption="a dog", score=2), how, 1, 0)
+    assert found.tags == ()
+    assert sorted(found.text.split(", ")) == ["a dog"] + ["score_2"] * (position != "none")
+    alone = render_prompt(record("cat", score=2), how, 1, 0).text
+    assert alone == ("" if position == "none" else "score_2")
 
 
 def test_num_keep_counts_tags_and_keeps_their_order():
