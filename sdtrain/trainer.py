@@ -135,8 +135,8 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
     shapes = [(each.probe.name, *each.probe.shape) for each in probes]
     say(wording.cost(shapes, 1 + -(-total // validate_every)))
 
-    # A fresh run looks once before its first step. One that goes on has done all of that.
-    first_look: list[Parts | None] = [] if run.samples_seen else [None]
+    # None is the look before the first step; where a run goes on, nothing is due at that look.
+    first_look: list[Parts | None] = [None]
     with progress("training", total, "samples") as bar:
         bar.advance(run.samples_seen)
         for parts in chain(first_look, steps(run)):

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdtrain import checkpoint
 from sdtrain.debias import LossFit
 from sdtrain.family import Family
+from sdtrain.noise import noise_for
 from sdtrain.recipe import load_train_recipe
 from sdtrain.run import Run
 from sdtrain.run_folder import RunFolder
@@ -270,3 +271,15 @@ def test_every_loss_goes_through_the_one_forward(train_recipe: Recipe) -> None:
     loss = denoising_loss(family, batch, run.loss)
     assert tuple(loss.shape) == (len(micro.positions),)
     assert loss.dtype == torch.float32
+
+
+def test_a_sample_gets_other_noise_and_text_at_its_next_visit(train_recipe: Recipe) -> None:
+    setup = open_setup(load_train_recipe(train_recipe(), ["prompt.dropout_p=0.0"]))
+    slots = [slot for _, slot in zip(range(28), setup.order.slots(), strict=False)]
+    first = slots[0]
+    second = next(slot for slot in slots[14:] if slot.sample_id == first.sample_id)
+    assert (first.visit, second.visit) == (0, 1)
+    for slot in (first, second):
+        noise = setup.reader().batch([slot], [0.5]).noise[0]
+        assert noise.equal(noise_for(7, "noise", slot.sample_id, slot.visit, noise.shape))
+    assert first.text.prompt != second.text.prompt  # its score tags are drawn anew
