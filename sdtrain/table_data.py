@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +54,10 @@ class TableRows:
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The composed columns of some rows, as they would be published."""
+        from sdprep.prompt_rows import prompt_row
+
         found = self._text.take(list(rows)).to_pylist() if len(rows) else []
-        return [_record(row) for row in found]
+        return [prompt_row(row, row.get("score")) for row in found]
 
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one row."""
@@ -118,28 +119,3 @@ def _split(path: Path, rows: pa.Table) -> TableRows | None:
         if rank is not None and rank < 1:  # publishing leaves these out as well
             found.refused[row] = f"score_zero: {found.ids[row]} has score {rank}"
     return found
-
-
-def _record(row: dict[str, Any]) -> dict[str, Any]:
-    """What `sdprep publish` would write of the columns that prompts are made of."""
-    text = row["text"] or {}
-    caption = row.get("caption") or text.get("caption")
-    captions = row.get("captions")
-    if captions is None:
-        captions = [{"text": caption, "source": "sidecar"}] if caption else []
-    tags = row.get("tags")
-    if tags is None:
-        beside = text.get("tags") or []
-        tags = [{**tag, "score": None, "source": "sidecar"} for tag in beside]
-    rank = row.get("score")
-    if rank is not None and not math.isfinite(rank):
-        rank = None
-    return {
-        "id": row["id"],
-        "group_id": row.get("group_id"),
-        "caption": caption,
-        "captions": captions,
-        "tags": tags,
-        "repeats": text.get("repeats") or 1,
-        "score": None if rank is None else min(9, max(1, math.floor(rank + 0.5))),
-    }
