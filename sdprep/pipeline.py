@@ -9,6 +9,7 @@ from typing import Any
 
 from sdprep.console import say
 from sdprep.errors import RecipeError, UserError, nearest
+from sdprep.hub_access import open_hub
 from sdprep.prep_recipe import PrepRecipe
 from sdprep.stages import (
     Report,
@@ -44,6 +45,8 @@ def run_recipe(
         (stage, report) of every stage that ran.
     """
     wanted = _from(from_stage)
+    if recipe.publish is not None and recipe.publish.push:
+        open_hub(recipe.publish.push)  # a token that is missing is told now, not at the end
     table = PhotoTable.open(recipe.table, create="ingest" in wanted and bool(recipe.source))
     done = []
     for name, work in _work(recipe, recipe_text, table):

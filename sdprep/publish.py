@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sdprep.card import write_card
 from sdprep.card_facts import Facts, hide_paths
 from sdprep.console import progress, say, warn
 from sdprep.errors import DataError, UserError
+from sdprep.hub_access import repo_name
 from sdprep.prepared_files import LanceWriter, RowWriter, ShardWriter, features
 from sdprep.prepared_rows import Losses, PromptOf, check_rows, prepared_rows, score_column
 from sdprep.recipe import Section
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sdprep.prompt_policy import PromptPolicy
 
 ANNOTATORS = ("score_", "tags_", "boxes_", "caption_", "embed_")
+MISSING_TO = 'Say where: --to DIR or --push USER/NAME, or to = "DIR" in [publish].'
 _LANCE = tuple(f"{split}.lance/" for split in SPLITS)
 
 
@@ -33,6 +35,12 @@ class PublishConfig(Section):
     """How the prepared data set is written."""
 
     to: Path | None = Field(None, description="Folder of the data set; made, or replaced if ours.")
+    push: str | None = Field(
+        None, description="USER/NAME on the Hub; the folder goes there, too, as far as it is new."
+    )
+    private: bool = Field(
+        True, description="Whether a repository that the push makes is private; false: public."
+    )
     format: Literal["parquet", "lance"] = Field(
         "parquet", description="parquet for the Hub and everyone; lance for fast random reads."
     )
@@ -56,6 +64,11 @@ class PublishConfig(Section):
     seed: int | None = Field(
         None, ge=0, description="Seed of the validation prompts; None takes the recipe's, or 0."
     )
+
+    @field_validator("push")
+    @classmethod
+    def _is_a_name_on_the_hub(cls, name: str | None) -> str | None:
+        return None if name is None else repo_name(name)
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ def publish(
     config, policy = config or PublishConfig(), policy or PromptPolicy()
     to = to or config.to
     if to is None:
-        raise UserError("publish.to is missing", 'Say where: --to DIR, or to = "DIR" in [publish].')
+        raise UserError("publish.to is missing", MISSING_TO)
     to = Path(to).resolve()
     mend(to)
     foreign = _foreign_files(table, to)

@@ -108,14 +108,55 @@ def split_stage(table: PhotoTable, config: Any, *, redo: bool = False) -> Report
 
 
 def publish_stage(table: PhotoTable, config: Any, policy: Any, recipe_text: str = "") -> Report:
-    """Write the prepared data set."""
+    """Write the prepared data set, and send it to the Hub if `push` is given."""
+    from sdprep.hub_access import open_hub
     from sdprep.prompt_rows import spellings
     from sdprep.publish import publish
+    from sdprep.push import push
 
-    report = publish(
+    api = open_hub(config.push) if config.push else None  # before hours of writing
+    config = _placed(table, config)
+    done = publish(
         table, config=config, policy=policy, spellings=spellings(table), recipe_text=recipe_text
     )
-    return report.to_json()
+    if api is None:
+        return done.to_json()
+    sent = push(done.path, config.push, private=config.private, api=api)
+    return done.to_json() | sent.to_json()
+
+
+def publish_preview(table: PhotoTable, config: Any) -> Report:
+    """What publishing would do; nothing is written or sent.
+
+    Which files a push would send is known of a folder that is there: of it as it is now.
+    """
+    import pyarrow.compute as pc
+
+    from sdprep.hub_access import open_hub
+    from sdprep.publish import MISSING_TO
+    from sdprep.push import push_preview
+    from sdprep.schema import MANIFEST
+
+    config = _placed(table, config)
+    if config.to is None:
+        raise UserError("publish.to is missing", MISSING_TO)
+    sizes = table.kept(["num_bytes"])["num_bytes"]
+    found: Report = {"dry_run": True, "path": str(config.to), "repo": config.push}
+    found |= {"images": len(sizes), "num_bytes": pc.sum(sizes).as_py() or 0, "push": None}
+    if config.push and (config.to / MANIFEST).is_file():
+        found["push"] = push_preview(config.to, config.push, private=config.private)
+    elif config.push:
+        open_hub(config.push)
+    return found
+
+
+def _placed(table: PhotoTable, config: Any) -> Any:
+    """With a name on the Hub alone, the folder lies beside the table; the card has that name."""
+    if config.push is None:
+        return config
+    beside = table.path.parent / f"{table.path.stem}-prepared"
+    title = config.title or config.push.rpartition("/")[2]
+    return config.model_copy(update={"to": config.to or beside, "title": title})
 
 
 # --- options from the command line ---------------------------------------------------------------

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sdprep.commands.common import Json, Set, Strict, Table, show_report
+from sdprep.commands.common import DryRun, Json, Set, Strict, Table, show_report
 
 
 def prompts(
     table: Table,
-    policy: Annotated[Path | None, typer.Option(help="TOML file with a [policy].")] = None,
+    policy: Annotated[Path | None, typer.Option(help=r"TOML file with a \[policy].")] = None,
     compare: Annotated[Path | None, typer.Option(help="A second policy beside it.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 5,
     visit: Annotated[int, typer.Option(min=0, help="How often the image was drawn before.")] = 0,
@@ -35,22 +35,38 @@ def prompts(
 
 def publish(
     table: Table,
-    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; with --push alone, TABLE-prepared beside the table."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Send it to the Hub, too.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Visibility of a repository that is made.")
+    ] = True,
     format_: Annotated[str, typer.Option("--format", help="parquet or lance.")] = "parquet",
-    policy: Annotated[Path | None, typer.Option(help="TOML file with a [policy].")] = None,
+    policy: Annotated[Path | None, typer.Option(help=r"TOML file with a \[policy].")] = None,
     settings: Set = None,
+    dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
-    """Write the prepared data set: a folder that load_dataset opens."""
+    """Write the prepared data set: a folder that load_dataset opens, and a data set on the Hub."""
     from sdprep.commands.prompt_text import read_policy
-    from sdprep.commands.text import publish_text
+    from sdprep.commands.text import publish_preview_text, publish_text
     from sdprep.publish import PublishConfig
     from sdprep.recipe import options
-    from sdprep.stages import publish_stage
+    from sdprep.stages import publish_preview, publish_stage
     from sdprep.table import PhotoTable
 
-    config = options(PublishConfig, settings or [], to=str(to), format=format_)
-    report = publish_stage(PhotoTable.open(table), config, read_policy(policy))
+    given = {"to": str(to) if to else None, "push": push, "private": private, "format": format_}
+    config = options(PublishConfig, settings or [], **given)
+    opened = PhotoTable.open(table)
+    if dry_run:
+        found = publish_preview(opened, config)
+        show_report(found, json_, publish_preview_text(found))
+        return
+    report = publish_stage(opened, config, read_policy(policy))
     show_report(report, json_, publish_text(report))
 
 

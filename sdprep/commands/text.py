@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from sdprep.console import megabytes
+
 Report = dict[str, Any]
 
 
@@ -91,10 +93,38 @@ def verify_text(report: Report) -> str:
 
 def publish_text(report: Report) -> str:
     """Where it is, and how to open it."""
-    return (
-        f"published {report['train']:,} train and {report['validation']:,} validation images\n"
-        f"  datasets.load_dataset({report['path']!r})"
-    )
+    lines = [
+        f"published {report['train']:,} train and {report['validation']:,} validation images",
+        f"  datasets.load_dataset({report['path']!r})",
+    ]
+    if report["repo"]:
+        lines += [
+            f"  datasets.load_dataset({report['repo']!r})  {report['url']}",
+            f"sent {report['uploaded']:,} files, {megabytes(report['num_bytes_sent'])}; "
+            f"{report['already_there']:,} were there, {report['deleted']:,} deleted",
+        ]
+    return "\n".join(lines)
+
+
+def publish_preview_text(found: Report) -> str:
+    """What publishing would write and send."""
+    size = megabytes(found["num_bytes"])
+    lines = [f"would write {found['images']:,} images, {size}, to {found['path']}"]
+    push = found["push"]
+    if push is None:
+        if found["repo"]:
+            lines.append(f"would send that to {found['repo']}; once it is there, files are listed")
+        return "\n".join(lines)
+    state = "private" if push["private"] else "public"
+    lines += [
+        f"of the folder as it is now, to {push['repo']} "
+        f"({state}{'' if push['exists'] else ', which would be made'}):",
+        f"would send {len(push['send']):,} files, {megabytes(push['num_bytes'])}; "
+        f"{push['already_there']:,} are there",
+    ]
+    lines += [f"  send    {megabytes(f['num_bytes']):>10}  {f['path']}" for f in push["send"]]
+    lines += [f"  delete  {'':>10}  {path}" for path in push["delete"]]
+    return "\n".join(lines)
 
 
 def export_text(report: Report) -> str:
