@@ -51,6 +51,7 @@ def write_card(
     *,
     title: str,
     recipe_text: str | None = None,
+    repo: str | None = None,
 ) -> None:
     """Write README.md and assets/ into the folder of a data set that is otherwise complete.
 
@@ -60,6 +61,7 @@ def write_card(
         facts: counts over the published rows; at least one row.
         title: heading; shown as it is, never as Markdown.
         recipe_text: the recipe as written, or None.
+        repo: name on the Hub, if it is known.
     """
     assets = folder / ASSETS
     assets.mkdir(exist_ok=True)
@@ -75,7 +77,7 @@ def write_card(
         f"# {plain(title)}",
         _summary(facts),
         f"![Sample images]({ASSETS}/samples.jpg)" if samples else "",
-        _loading(),
+        _loading(repo or "USER/NAME"),
         _contents(facts),
         f"![Buckets and image sizes]({ASSETS}/sizes.png)",
         f"![Tags per image and scores]({ASSETS}/counts.png)" if has_counts else "",
@@ -137,10 +139,10 @@ def _summary(facts: Facts) -> str:
     return f"**{facts.num_rows:,} images** for fine-tuning text-to-image models, {held_out}."
 
 
-def _loading() -> str:
+def _loading(repo: str) -> str:
     return "## How to load it\n\n" + fenced(
         "from datasets import load_dataset\n"
-        'data = load_dataset("USER/NAME")  # or the path of this folder\n'
+        f'data = load_dataset("{repo}")  # or the path of this folder\n'
         'data["train"][0]["image"].show()',
         "python",
     )

@@ -18,6 +18,8 @@ Result = TypeVar("Result")
 
 WAITS_S = (1.0, 3.0, 10.0, 30.0, 60.0)
 """Seconds before each try again, after those of the library itself."""
+SILENCE_S = 300.0
+"""Seconds in which nothing moves on a connection, after which it counts as lost."""
 LOGIN = (
     "Log in with `hf auth login`, or set HF_TOKEN; tokens: https://huggingface.co/settings/tokens"
 )
@@ -61,6 +63,7 @@ def open_hub(repo: str) -> HfApi:
     if not get_token():
         raise UserError(f"cannot push to {repo}: you are not logged in to the Hub", LOGIN)
     api = HfApi(library_name="sdprep")
+    limit_silence()
     with quiet():
         try:
             account = patiently(api.whoami, repo)
@@ -87,6 +90,13 @@ def _check_account(account: dict[str, Any], repo: str) -> None:
             f"cannot push to {repo}: {user} does not belong to {owner}",
             f"With this token you can push to: {known}.",
         )
+
+
+def limit_silence() -> None:
+    """Give up on a connection that is dead but not closed; the library would wait for ever."""
+    from huggingface_hub import get_session
+
+    get_session().timeout = SILENCE_S
 
 
 def patiently(work: Callable[[], Result], repo: str, done: Callable[[], int] = int) -> Result:

@@ -149,7 +149,7 @@ def publish(
         manifest = _manifest(table, config, score, policy, losses, facts)
         manifest["certificate"] = _certificate(table, scratch, facts)
         title = config.title or to.name
-        write_card(scratch, manifest, facts, title=title, recipe_text=recipe_text)
+        write_card(scratch, manifest, facts, title=title, recipe_text=recipe_text, repo=config.push)
         manifest["files"] = _own_files(scratch)
         (scratch / MANIFEST).write_text(_json(manifest), encoding="utf-8", newline="\n")
         swap(scratch, to, foreign)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdprep.console import Progress, progress, say, warn
 from sdprep.errors import DataError, UserError
-from sdprep.hub_access import open_hub, patiently, quiet
+from sdprep.hub_access import limit_silence, open_hub, patiently, quiet
 from sdprep.push_plan import MEGABYTE, LocalFile, Plan, Remote, compare, local_files, look
 from sdprep.schema import MANIFEST, read_manifest
 
@@ -124,9 +124,11 @@ class _Push:
         return patiently(self._try, self.repo, lambda: len(self.sent) + self.num_commits)
 
     def _try(self) -> PushReport:
+        limit_silence()
         remote = look(self.api, self.repo)
         if not self.is_checked:
             _check_visibility(remote, self.repo, self.private)
+            _say_what_is_replaced(remote, self.repo)
             self.is_checked = True
         if not remote.exists:
             self.api.create_repo(
@@ -135,7 +137,6 @@ class _Push:
             remote = look(self.api, self.repo)
         self.parent = remote.revision
         plan = compare(self.files, remote, self.repo, lambda: self._manifest(remote))
-        _check_card(plan, remote, self.repo)
         commits = self.num_commits
         self._send(plan)
         if self.num_commits > commits:
@@ -189,6 +190,7 @@ class _Push:
 
         def arrived(file: LocalFile) -> None:
             megabytes.advance(file.num_bytes)
+            self.sent[file.name] = file.num_bytes
 
         made = {file.name: CommitOperationAdd(file.name, str(file.path)) for file in files}
         _each(one, files, arrived)
@@ -209,7 +211,6 @@ class _Push:
         )
         self.num_commits += made.oid != self.parent
         self.parent = made.oid
-        self.sent |= {file.name: file.num_bytes for file in files}
 
     def _verify(self) -> None:
         """See that every name is there; a `.gitignore` on the Hub drops files without a word."""
@@ -308,8 +309,8 @@ def _check_visibility(remote: Remote, repo: str, private: bool) -> None:
         )
 
 
-def _check_card(plan: Plan, remote: Remote, repo: str) -> None:
-    if "README.md" in remote.files and MANIFEST not in remote.files and plan.last:
+def _say_what_is_replaced(remote: Remote, repo: str) -> None:
+    if "README.md" in remote.files and MANIFEST not in remote.files:
         say(f"README.md of {repo} is replaced by the card; the old one stays in its history")
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,14 @@ from PIL import Image
 
 import sdprep.hub_access
 import sdprep.prepared_files
+from sdprep.commands.text import publish_preview_text, publish_text
 from sdprep.errors import DataError, RecipeError, UserError
 from sdprep.hub_access import repo_name
 from sdprep.publish import PublishConfig, publish
 from sdprep.push import IN_FLIGHT, push, push_preview
 from sdprep.recipe import validate
 from sdprep.seeding import integer
+from sdprep.stages import publish_preview, publish_stage
 from sdprep.table import PhotoTable
 from tests.hub_server import TOKEN, Entry, HubServer, Repository
 from tests.test_publish import add, contents, core_row, split_by_number
@@ -325,6 +328,23 @@ def test_a_hub_that_is_down_is_said_and_the_rest_goes_later(
     assert "signedSECRET" not in capsys.readouterr().err
 
 
+def test_a_line_that_is_dead_but_not_closed_is_given_up(
+    hub: HubServer, sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdprep.hub_access, "SILENCE_S", 0.4)
+    silent: list[str] = []
+
+    def answer(method: str, path: str) -> None:
+        if method == "PUT" and len(silent) < 2:
+            silent.append(path)
+            threading.Event().wait(2)
+
+    hub.answer = answer
+    push(sets / "first", REPO)
+    assert len(silent) == 2
+    assert without_attributes(hub) == contents(sets / "first")
+
+
 def test_another_commit_in_between_is_respected(hub: HubServer, sets: Path) -> None:
     def answer(method: str, path: str) -> None:
         repository = hub.repositories.get(REPO)
@@ -615,10 +635,26 @@ def test_the_command_publishes_and_pushes(hub: HubServer, sets: Path, tmp_path: 
     assert not hub.repositories[REPO].private
     assert without_attributes(hub) == contents(folder)
     assert (folder / "README.md").read_text(encoding="utf-8").count("\n# name\n") == 1
-    text = sdprep("--dry-run", "--public").stdout
-    assert "would send 0 files, 0 kB" in text
+    assert f'load_dataset("{REPO}")' in (folder / "README.md").read_text(encoding="utf-8")
     for data in hub.files(REPO).values():
         assert TOKEN.encode() not in data
+
+
+def test_publishing_and_pushing_again_sends_nothing(
+    hub: HubServer, sets: Path, tmp_path: Path
+) -> None:
+    table = PhotoTable.open(sets / "photos.lance")
+    config = PublishConfig(to=tmp_path / "out", push=REPO)
+    assert "once it is there" in publish_preview_text(publish_preview(table, config))
+    first = publish_stage(table, config, None)
+    assert first["uploaded"] == len(contents(tmp_path / "out")) == 6
+    assert f"load_dataset('{REPO}')" in publish_text(first)
+    hub.requests.clear()
+    second = publish_stage(table, config, None)
+    assert (second["uploaded"], second["revision"]) == (0, first["revision"])
+    assert not [r for r in hub.requests if r.startswith(("PUT", "POST"))]
+    text = publish_preview_text(publish_preview(table, config))
+    assert f"to {REPO} (private):\nwould send 0 files, 0 kB; 6 are there" in text
 
 
 def test_a_recipe_says_a_missing_token_before_it_begins(
