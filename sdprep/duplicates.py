@@ -229,8 +229,10 @@ def _unite_tags(table: PhotoTable, ids: list[str], better: dict[int, int]) -> No
         return
     stored = table.read(["id", "tags"])
     by_id = dict(zip(stored["id"].to_pylist(), stored["tags"].to_pylist(), strict=True))
-    edits = read_edits(table.journal().fold())
-    removed = [(id_, normalise_tag(tag)) for id_, edit in edits.items() for tag in edit.removed]
+    removed = []
+    for id_, edit in read_edits(table.journal().fold()).items():
+        last_word = {normalise_tag(name): added for name, added, _ in edit.tags}
+        removed += [(id_, name) for name, added in last_word.items() if not added]
     united = unite_tags(ids, [by_id[id_] for id_ in ids], better, removed)
     if united:
         changed = [ids[row] for row in united]
