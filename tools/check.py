@@ -28,7 +28,7 @@ def main() -> int:
         "ruff format": ["ruff", "format", "--check", "."],
         "ruff check": ["ruff", "check", "."],
         "mypy": ["mypy"],
-        "pytest": ["pytest", *sys.argv[1:]],
+        "pytest": ["pytest", "-n", "auto", "--dist", "loadfile", *sys.argv[1:]],
     }
     results, last_line = [], ""
     for name, command in steps.items():
