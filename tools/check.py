@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _setup
 
+MOST_WORKERS = 8  # each loads torch, about 1 GB
+
 
 def main() -> int:
     """Run the steps, then say how each went and what pytest said last."""
@@ -24,11 +26,12 @@ def main() -> int:
         print(__doc__)
         return 0
     _setup.enter(__file__)
+    workers = str(min(os.cpu_count() or 1, MOST_WORKERS))
     steps = {
         "ruff format": ["ruff", "format", "--check", "."],
         "ruff check": ["ruff", "check", "."],
         "mypy": ["mypy"],
-        "pytest": ["pytest", "-n", "auto", "--dist", "loadfile", *sys.argv[1:]],
+        "pytest": ["pytest", "-n", workers, "--dist", "loadfile", *sys.argv[1:]],
     }
     results, last_line = [], ""
     for name, command in steps.items():
