@@ -14,6 +14,7 @@ from sdprep.console import progress, talk
 from sdprep.errors import DataError, nearest
 from sdprep.images import ImageRejected, open_image
 from sdprep.schema import MANIFEST, read_manifest
+from sdprep.seeding import digest
 from sdtrain.dataset import Splits
 
 if TYPE_CHECKING:
@@ -181,7 +182,9 @@ def _load(section: DataSection) -> dict[str, Dataset]:
         if is_saved:
             loaded = load_from_disk(str(path))
         else:
-            loaded = load_dataset(section.path, revision=section.revision)
+            loaded = load_dataset(
+                section.path, revision=section.revision, cache_dir=_cache_folder(path)
+            )
     except Exception as error:  # the library raises its own, the Hub's, pyarrow's and more
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{section.path} cannot be opened as a data set: {reason[0]}") from error
@@ -189,6 +192,22 @@ def _load(section: DataSection) -> dict[str, Dataset]:
         return {"train": loaded}
     assert isinstance(loaded, DatasetDict)
     return {str(name): split for name, split in loaded.items()}
+
+
+def _cache_folder(path: Path) -> str | None:
+    """A cache of its own for each state of a local folder; None: the library's, for Hub ids.
+
+    The library's key of a folder is its last name and the file patterns in its card, so a set that
+    was published again, or another of the same name elsewhere, would be answered with old rows.
+    """
+    if not path.is_dir():
+        return None
+    from datasets import config
+
+    stats = [(file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
+    state = [f"{file.relative_to(path)} {s.st_size} {s.st_mtime_ns}" for file, s in stats]
+    key = digest("data set folder", path.resolve(), *state)
+    return str(Path(config.HF_DATASETS_CACHE) / "sdtrain" / key)
 
 
 def _revision(dataset: Dataset) -> str | None:

@@ -95,6 +95,15 @@ def test_what_does_not_exist_says_so(tmp_path: Path) -> None:
         opened(Path("nobody/nothing"))
 
 
+def test_a_folder_published_again_is_read_again(tmp_path: Path) -> None:
+    for count in (3, 2):
+        rows = [prepared_row(10 * count + number) for number in range(count)]
+        for folder in (tmp_path / "a" / "same name", tmp_path / "b" / "same name"):
+            data = open_data(DataSection(path=str(write_prepared(folder, rows))), PromptPolicy())
+            assert data.train.ids == [row["id"] for row in rows]
+            rows = [prepared_row(10 * count + number, caption="other") for number in range(1)]
+
+
 def test_the_fingerprint_sees_texts_and_not_the_order_of_rows(tmp_path: Path) -> None:
     rows = [prepared_row(n) for n in range(4)]
     first = opened(write_prepared(tmp_path / "a", rows)).fingerprint
