@@ -62,3 +62,15 @@ def train_recipe(
         )
 
     return write
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    prepared_folder: Path,
+    tiny_model: Callable[[str], Path],
+) -> Path:
+    """A finished run of 12 samples, evaluated at 0, 8 and 12, with pictures; never change it."""
+    from tests.evaluated import write_run
+
+    return write_run(tmp_path_factory.mktemp("evaluated"), tiny_model("sd15"), prepared_folder)

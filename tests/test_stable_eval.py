@@ -30,15 +30,12 @@ from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet, evaluation_mode, verdict
 from sdtrain.trackers.jsonl import read_metrics
 from sdtrain.trainer import train
+from tests.evaluated import WITH_EVALUATION
 from tests.train_data import prepared_row, write_prepared
 
 torch.set_num_threads(1)
 
 Recipe = Callable[..., Path]
-WITH_EVALUATION = (
-    *("validation.images=3", "validation.train_probe_images=3", "validation.every_samples=8"),
-    *("validation.timesteps_per_image=3", "train.samples=12", "checkpoint.every_samples=8"),
-)
 
 
 def opened(path: Path, *overrides: str) -> Setup:
@@ -71,24 +68,9 @@ def probe_folder(run: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Callable[[str], Path],
-    prepared_folder: Path,
-) -> Path:
-    """A run with two evaluations, micro-batch 2, in this process; never change it."""
-    from tests.train_data import write_recipe
-
-    folder = tmp_path_factory.mktemp("evaluated")
-    path = write_recipe(
-        folder / "recipe.toml",
-        model=tiny_model("sd15"),
-        data=prepared_folder,
-        output=folder / "run",
-        family="sd15",
-    )
-    train(load_train_recipe(path, WITH_EVALUATION))
-    return folder / "run"
+def finished(evaluated_run: Path) -> Path:
+    """Three evaluations with micro-batch 2, in this process."""
+    return evaluated_run
 
 
 @pytest.fixture(scope="module")
