@@ -8,15 +8,20 @@ Standard library only up to `enter`, which makes the environment.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from _setup import ROOT, enter, venv_python
 
-RECIPE = Path("recipes/tiny/prep.toml")
+PREPARE = Path("recipes/tiny/prep.toml")
+TRAIN = Path("recipes/tiny/sdxl.toml")
+STOP_AT = 440  # samples: the run is stopped once it has a checkpoint there, and run again
 
 
 def main() -> None:
@@ -30,7 +35,12 @@ def main() -> None:
     print(f"sdprep + sdtrain: the demonstration, into {to}\n", flush=True)
     prepared = prepare(to)
     reopen(prepared)
-    print(f"\nall of it took {time.monotonic() - started:.0f} s; the data set: {prepared}")
+    run = train(to, prepared)
+    report(run)
+    print(f"\nall of it took {time.monotonic() - started:.0f} s")
+    print(f"the data set:        {prepared}")
+    print(f"pictures over time:  {run / 'samples' / 'grid.png'}")
+    print(f"the whole story:     {run / 'report.html'}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -46,10 +56,10 @@ def prepare(to: Path) -> Path:
     """From photos to a prepared data set; returns its folder."""
     table, prepared = to / "photos.lance", to / "photos-prepared"
     places = ["--set", f"table={table}", "--set", f"publish.to={prepared}"]
-    step("photos in, a prepared data set out", "sdprep", "run", str(RECIPE), *places)
-    step("the same command again finds nothing left to do", "sdprep", "run", str(RECIPE), *places)
+    step("photos in, a prepared data set out", "sdprep", "run", str(PREPARE), *places)
+    step("the same command again finds nothing left to do", "sdprep", "run", str(PREPARE), *places)
     step("where the table stands", "sdprep", "status", str(table))
-    policy = ["--policy", str(RECIPE)]
+    policy = ["--policy", str(PREPARE)]
     step(
         "the text that a trainer will see", "sdprep", "prompts", str(table), "--count", "3", *policy
     )
@@ -57,13 +67,68 @@ def prepare(to: Path) -> Path:
     return prepared
 
 
+def train(to: Path, prepared: Path) -> Path:
+    """Train a tiny model, stop it on the way, go on; returns the run folder."""
+    model, run = to / "tiny-sdxl", to / "run-sdxl"
+    if not (model / "model_index.json").is_file():
+        step("a tiny random model of SDXL's shape", "sdtrain", "tiny", "sdxl", str(model))
+    places = {"model.path": model, "data.path": prepared, "output": run}
+    settings = [word for key, value in places.items() for word in ("--set", f"{key}={value}")]
+    arguments = ["run", str(TRAIN), *settings]
+    if not any((run / "checkpoints").glob("[0-9]*")):
+        stop_on_the_way("training, until it is stopped on the way", run, arguments)
+    step("the same command again goes on from there", "sdtrain", *arguments)
+    return run
+
+
+def stop_on_the_way(title: str, run: Path, arguments: list[str]) -> None:
+    """Start training and end the process when its first checkpoint stands."""
+    announce(title, "sdtrain", arguments)
+    process = subprocess.Popen(command("sdtrain", arguments), cwd=ROOT, env=environment())
+    while process.poll() is None:
+        if any(int(path.name) >= STOP_AT for path in (run / "checkpoints").glob("[0-9]*")):
+            process.terminate()
+            process.wait()
+            print("   (stopped)", flush=True)
+            return
+        time.sleep(0.2)
+    if process.returncode:
+        sys.exit(f"sdtrain ended with status {process.returncode}")
+
+
+def report(run: Path) -> None:
+    """Say what the evaluations found; every number is read from the run's metrics."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    print("\n== loss on fixed images, noise and noise levels, in % since the start")
+    for name in ("validation", "train_probe"):
+        found = [x for x in lines if x["kind"] == "validation" and x["set"] == name]
+        curve = "  ".join(f"{x['change_percent']:+.1f}" for x in found)
+        print(f"{name:<12} {curve}")
+        if len(found) > 10 or found[-1]["ci95_percent"][1] >= 0:
+            sys.exit(f"the {name} loss did not fall for certain, or was measured too often")
+
+
+def command(program: str, arguments: Sequence[str]) -> list[str]:
+    """How to start a program of ours."""
+    return [str(venv_python()), "-m", f"{program}.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Tiny matrices are quickest on one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def announce(title: str, program: str, arguments: Sequence[str]) -> None:
+    """Say what comes, and the command that a user would type."""
+    shown = " ".join(arguments).replace(f"{ROOT}{os.sep}", "")
+    print(f"\n== {title}\n$ {program} {shown}", flush=True)
+
+
 def step(title: str, program: str, *arguments: str) -> None:
     """Show and run one command of ours; stop the demonstration if it fails."""
-    shown = " ".join(arguments).replace(str(ROOT) + "/", "")
-    print(f"\n== {title}\n$ {program} {shown}", flush=True)
+    announce(title, program, arguments)
     started = time.monotonic()
-    command = [str(venv_python()), "-m", f"{program}.cli", *arguments]
-    status = subprocess.call(command, cwd=ROOT)
+    status = subprocess.call(command(program, arguments), cwd=ROOT, env=environment())
     if status:
         sys.exit(f"{program} ended with status {status}")
     print(f"   ({time.monotonic() - started:.1f} s)", flush=True)
