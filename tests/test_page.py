@@ -1,0 +1,180 @@
+"""The page is whole in one file, escapes every text, and says what the numbers say."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdprep.errors import DataError
+from sdtrain import page
+from sdtrain.page_figures import limits_of, loss_figure, running_mean
+from sdtrain.page_parts import typeset
+from sdtrain.run_folder import RunFolder
+
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Outline(HTMLParser):
+    """Tags that are open, and what is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.words = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def outline(path: Path) -> Outline:
+    found = Outline()
+    found.feed(path.read_text(encoding="utf-8"))
+    assert found.open == []
+    assert all(source.startswith("data:") for source in found.sources)
+    return found
+
+
+@pytest.fixture
+def run(evaluated_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change; its name needs escaping."""
+    copy = tmp_path / "run & <script>"
+    shutil.copytree(evaluated_run, copy, ignore=shutil.ignore_patterns("checkpoints", "model"))
+    return copy
+
+
+def test_a_finished_run_leaves_its_page(evaluated_run: Path) -> None:
+    found = outline(evaluated_run / page.PAGE)
+    lines = [json.loads(x) for x in (evaluated_run / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "validation"][-2]
+    assert f"{last['change_percent']:+.2f} %".replace("-", "\N{MINUS SIGN}") in found.words
+    assert f"{last['mean']:.6f}" in found.words
+    for words in ("12 of 12 samples (finished)", "unet.**", "frozen", "Held-out images: loss"):
+        assert words in found.words
+    # two sets, ten bins, samples, raw and debiased loss, learning rates
+    assert len(found.sources) == 7
+    kinds = [source.split(";")[0] for source in found.sources]
+    assert kinds.count("data:image/svg+xml") == 6
+    assert kinds.count("data:image/jpeg") == 1
+
+
+def test_every_text_is_escaped(run: Path) -> None:
+    facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    facts |= {"origin": "<img src=x onerror=alert(1)>", "device": "</dd><script>"}
+    (run / "environment.json").write_text(json.dumps(facts), encoding="utf-8")
+    found = outline(page.write_page(run))
+    assert "<img src=x onerror=alert(1)>" in found.words
+    assert "run & <script>" in found.words
+    assert "a photo of a dog <b>" in found.words  # in the recipe
+
+
+def test_the_page_is_the_same_bytes_every_time(run: Path) -> None:
+    first = page.write_page(run).read_bytes()
+    assert page.write_page(run).read_bytes() == first
+
+
+def test_it_is_renewed_at_most_once_a_minute_and_at_the_end(run: Path) -> None:
+    path, folder = run / page.PAGE, RunFolder(run)
+    path.write_text("old", encoding="utf-8")
+    page.refresh(folder)
+    assert path.read_text(encoding="utf-8") == "old"
+    page.refresh(folder, is_last=True)
+    assert path.read_text(encoding="utf-8") != "old"
+
+
+def test_a_page_that_cannot_be_drawn_ends_no_training(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "environment.json").write_text("{", encoding="utf-8")
+    page.refresh(RunFolder(run), is_last=True)
+    assert "could not be drawn" in capsys.readouterr().err
+
+
+def shortened(run: Path, keep: Any) -> Outline:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if keep(json.loads(line))]
+    (run / "metrics.jsonl").write_text("".join(f"{x}\n" for x in kept), encoding="utf-8")
+    return outline(page.write_page(run))
+
+
+def test_a_run_that_has_just_begun_has_a_page(run: Path) -> None:
+    found = shortened(run, lambda line: line["samples_seen"] == 0)
+    assert "Just begun" in found.words
+    assert "0 of 12 samples (in progress, or stopped)" in found.words
+    assert len(found.sources) == 1  # the samples; a curve of one point says nothing
+
+
+def test_a_run_without_evaluation_has_a_page(run: Path) -> None:
+    found = shortened(run, lambda line: line["kind"] == "train")
+    assert "Not evaluated" in found.words
+    (run / "metrics.jsonl").unlink()
+    (run / "environment.json").unlink()
+    shutil.rmtree(run / "samples")
+    assert outline(page.write_page(run)).sources == []
+    with pytest.raises(DataError, match="is no run folder"):
+        page.write_page(run.parent)
+
+
+def test_sets_without_an_interval_are_drawn(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    without = []
+    for line in map(json.loads, lines):
+        if line["kind"] == "validation":
+            line |= {
+                "ci95_percent": None,
+                "ci95_new_images_percent": None,
+                "resolves_percent": None,
+            }
+        without.append(json.dumps(line) + "\n")
+    (run / "metrics.jsonl").write_text("".join(without), encoding="utf-8")
+    found = outline(page.write_page(run))
+    assert "gives no interval" in found.words
+    assert "Flat" in found.words
+
+
+def test_a_getting_worse_after_the_best_is_said(run: Path) -> None:
+    from sdtrain.probe import LossMatrix
+
+    for file in (run / "validation").glob("*/12.npz"):
+        matrix = LossMatrix.load(file)
+        LossMatrix(matrix.loss * 1.5, matrix.u, matrix.density).save(file, ["x"] * 3)
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["samples_seen"] == 12 and line["kind"] == "validation":
+            line["mean"] *= 1.5
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    words = outline(page.write_page(run)).words
+    assert "The newest is worse than the best evaluation (8 samples)" in words
+
+
+def test_pieces() -> None:
+    assert typeset("a-1 -2.5 % <b>") == "a-1 \N{MINUS SIGN}2.5 % &lt;b&gt;"
+    assert running_mean(np.arange(5.0)).tolist() == [0.5, 1.0, 2.0, 3.0, 3.5]
+    line = {"change_percent": 0.0, "ci95_percent": None, "ci95_new_images_percent": (-2.0, 1.0)}
+    low, high = limits_of([line])
+    assert low < -2
+    assert high > 1
+    assert limits_of([{**line, "ci95_new_images_percent": None}]) == (-0.05, 0.05)
+    spiked = [
+        {"samples_seen": k, "loss": 100.0 if k == 0 else 1 + 0.1 * (k % 3)} for k in range(30)
+    ]
+    svg = base64.b64decode(loss_figure(spiked, "loss", "loss", "#000000").split(",")[1]).decode()
+    assert not re.search(r"<!-- 100 -->", svg), "a first spike must not set the scale"

@@ -1,0 +1,59 @@
+"""`sdtrain validate` measures any checkpoint as the run itself would, beside the base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdprep.errors import DataError
+from sdtrain.matrices import find
+from sdtrain.recipe import load_train_recipe
+from sdtrain.trackers.jsonl import read_metrics
+from sdtrain.validate import report, to_json, validate_checkpoints
+from tests.evaluated import WITH_EVALUATION
+
+
+def test_checkpoints_read_what_the_run_read(evaluated_run: Path, tmp_path: Path) -> None:
+    recipe = load_train_recipe(evaluated_run / "recipe.toml")
+    paths = [evaluated_run / "checkpoints" / clock for clock in ("12", "8")]
+    before = sorted(p.relative_to(evaluated_run) for p in evaluated_run.rglob("*"))
+    found = validate_checkpoints(recipe, [*paths, evaluated_run / "model"], tmp_path / "to")
+    assert sorted(p.relative_to(evaluated_run) for p in evaluated_run.rglob("*")) == before
+    ran = {
+        (line["samples_seen"], line["set"]): line
+        for line in read_metrics(evaluated_run / "metrics.jsonl")
+        if line["kind"] == "validation"
+    }
+    clocks = {"base": 0, "run-12": 12, "run-8": 8, "run-model": 12}
+    assert [row["checkpoint"] for row in found["evaluations"][::2]] == list(clocks)
+    for row in found["evaluations"]:
+        line = ran[clocks[row["checkpoint"]], row["set"]]
+        assert row["probe_id"] == line["probe_id"]
+        assert row["mean"] == pytest.approx(line["mean"], rel=1e-6)
+        assert Path(row["matrix"]).is_file()
+    for pair in found["comparisons"]:
+        line = ran[clocks[pair.b.split("@")[1]], pair.name]
+        assert pair.a.endswith("@base")
+        assert pair.found.change_percent == pytest.approx(line["change_percent"], rel=1e-4)
+    assert json.loads(json.dumps(to_json(found)))["comparisons"][0]["verdict"]
+    assert "run-model" in report(found)
+    with pytest.raises(DataError, match="Name the files|holds several evaluations"):
+        find(tmp_path / "to")
+
+
+def test_what_is_no_checkpoint_of_this_model_is_refused(
+    evaluated_run: Path, train_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_train_recipe(train_recipe(), WITH_EVALUATION)
+    with pytest.raises(DataError, match="is no checkpoint"):
+        validate_checkpoints(recipe, [tmp_path], tmp_path / "to")
+    other = load_train_recipe(train_recipe(), (*WITH_EVALUATION, "model.clip_skip=2"))
+    with pytest.raises(DataError, match=r"model\.clip_skip: 1 there, 2 here"):
+        validate_checkpoints(other, [evaluated_run / "checkpoints" / "8"], tmp_path / "to")
+    none = load_train_recipe(train_recipe())
+    with pytest.raises(DataError, match="nothing to evaluate on"):
+        validate_checkpoints(none, [evaluated_run / "checkpoints" / "8"], tmp_path / "to")
+    assert not (tmp_path / "to").exists()
