@@ -106,6 +106,12 @@ def text_of_record(record: Mapping[str, Any]) -> tuple[ItemText, list[str]]:
     return with_exact(text, ItemText(tags=exact)), bad
 
 
+def filled(text: ItemText, more: ItemText) -> ItemText:
+    """`text`, with its empty fields taken from `more`."""
+    empty = {name: value for name, value in vars(more).items() if not getattr(text, name)}
+    return replace(text, **empty)
+
+
 def with_exact(text: ItemText, exact: ItemText) -> ItemText:
     """`text`, in the words of `exact` wherever both say the same.
 

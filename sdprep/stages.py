@@ -40,7 +40,8 @@ def source_from(place: str, type_: str, settings: list[str], given: Report) -> A
     Raises:
         UserError: no such kind, option or folder.
     """
-    name = "folder" if type_ == "auto" else type_
+    looked = "webdataset" if place.lower().endswith(".tar") else "folder"
+    name = looked if type_ == "auto" else type_
     given = {**given, "type": name, "path": place}
     config: Any = options(plugins.config_for("source", name), settings, **given)
     return config.build()

@@ -13,7 +13,6 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from sdprep.sidecars import (
     MAX_SIDECAR_BYTES,
     BadText,
     decode_text,
+    filled,
     parse_json,
     parse_json_lines,
     split_tags,
@@ -109,9 +109,9 @@ class FolderSource:
         used: set[str] = set(metadata_files)
         for file in listing.images:
             text = self._text(file, listing, shared, used)
-            text = _filled(text, metadata.get(file.key, ItemText()))
+            text = filled(text, metadata.get(file.key, ItemText()))
             if self._kohya_folders:
-                text = _filled(text, _kohya_text(self.root.name, file.key))
+                text = filled(text, _kohya_text(self.root.name, file.key))
             yield SourceItem(
                 file.key,
                 file.path,
@@ -154,11 +154,11 @@ class FolderSource:
             # Where both kinds of file have one role, the kind that is named after it comes first.
             for kind in ("caption", "txt") if role == "caption" else ("txt", "caption"):
                 if kind in found and self._roles[kind] == role:
-                    text = _filled(text, self._plain(*found[kind], role))
+                    text = filled(text, self._plain(*found[kind], role))
         if "json" not in found:
             return text
         record = self._record(*found["json"])
-        return _filled(with_exact(text, record), record)
+        return filled(with_exact(text, record), record)
 
     def _plain(self, sidecar: File, data: bytes, role: str) -> ItemText:
         content, is_guess = decode_text(data)
@@ -248,7 +248,7 @@ class FolderSource:
                     self._warn(f"bad_{part}", name)
                 exact = [key for key in places[inside] if inside in (key, stem_of(key))]
                 for key in exact or places[inside]:
-                    texts[key] = _filled(texts.get(key, ItemText()), text)
+                    texts[key] = filled(texts.get(key, ItemText()), text)
 
     def _metadata_lines(self, listing: Listing, texts: dict[str, ItemText]) -> list[str]:
         """Add the text of `metadata.jsonl` files, whose `file_name` is relative to their folder."""
@@ -273,7 +273,7 @@ class FolderSource:
                 text, bad = text_of_record(record)
                 for part in bad:
                     self._warn(f"bad_{part}", inside)
-                texts[inside] = _filled(texts.get(inside, ItemText()), text)
+                texts[inside] = filled(texts.get(inside, ItemText()), text)
         return files
 
     def _inside(self, name: str) -> str | None:
@@ -285,12 +285,6 @@ class FolderSource:
                 return None
             path = path.relative_to(self.place)
         return None if ".." in path.parts else path.as_posix()
-
-
-def _filled(text: ItemText, more: ItemText) -> ItemText:
-    """`text`, with its empty fields taken from `more`."""
-    empty = {name: value for name, value in vars(more).items() if not getattr(text, name)}
-    return replace(text, **empty)
 
 
 def _kohya_text(root_name: str, key: str) -> ItemText:
