@@ -186,7 +186,8 @@ class _Push:
                     self.repo, [made[file.name]], repo_type="dataset", free_memory=False
                 )
             except RuntimeError as error:  # how both ways of storage say that they failed
-                raise ConnectionError(f"{file.name}: {error}") from error
+                # Without its cause: a 403 of the storage says that an address has expired.
+                raise ConnectionError(f"{file.name}: {error.__cause__ or error}") from None
 
         def arrived(file: LocalFile) -> None:
             megabytes.advance(file.num_bytes)

@@ -295,6 +295,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     answer = self._route(path.strip("/").split("/"), query, body)
                 self._send(200, json.dumps(answer).encode(), {"ETag": '"part"'})
             except Refused as refused:
+                if path.startswith(("/store/", "/part/")):  # the storage gives no reasons
+                    self._send(refused.status, b"<Error/>", {})
+                    return
                 headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
                 text = json.dumps({"error": refused.message}).encode()
                 self._send(refused.status, text, {k: v for k, v in headers.items() if v})

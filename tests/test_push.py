@@ -294,6 +294,18 @@ def test_a_hub_that_stumbles_is_asked_again(
     assert "trying again in 0 s" in capsys.readouterr().err
 
 
+def test_waits_start_anew_whenever_something_arrived(hub: HubServer, sets: Path) -> None:
+    asked: list[str] = []
+
+    def answer(method: str, path: str) -> int | None:
+        asked.append(path) if path.endswith("commit/main") else None
+        return 503 if path.endswith("commit/main") and len(asked) % 2 else None
+
+    hub.answer = answer
+    push(sets / "first", REPO)
+    assert len(asked) // 2 == 1 + 20 // IN_FLIGHT > len(sdprep.hub_access.WAITS_S)
+
+
 def test_a_lost_answer_to_a_commit_makes_no_second_one(hub: HubServer, sets: Path) -> None:
     real, lost = hub.commit, []
 
@@ -342,6 +354,7 @@ def test_a_line_that_is_dead_but_not_closed_is_given_up(
     hub.answer = answer
     push(sets / "first", REPO)
     assert len(silent) == 2
+    assert all(hub.puts().count(f"PUT {path}") >= 2 for path in silent)
     assert without_attributes(hub) == contents(sets / "first")
 
 
@@ -349,7 +362,9 @@ def test_another_commit_in_between_is_respected(hub: HubServer, sets: Path) -> N
     def answer(method: str, path: str) -> None:
         repository = hub.repositories.get(REPO)
         if path.endswith("commit/main") and repository and len(repository.commits) == 3:
-            repository.commit("by hand", repository.files | {"LICENSE": Entry(b"CC0", False)})
+            files = repository.files | {"LICENSE": Entry(b"CC0", False)}
+            del files["data/train-00000.parquet"]  # a mishap that the push mends
+            repository.commit("by hand", files)
 
     hub.answer = answer
     push(sets / "first", REPO)
@@ -454,6 +469,26 @@ def test_a_refusal_of_the_hub_is_passed_on(hub: HubServer, sets: Path) -> None:
     hub.answer = lambda _, path: 403 if path.endswith("create") else None
     with pytest.raises(UserError, match=f"does not let you write to {REPO}: the loopback Hub"):
         push(sets / "first", REPO)
+
+
+def test_addresses_of_the_storage_expire_and_are_not_shown(
+    hub: HubServer, sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expired: list[str] = []
+
+    def answer(method: str, path: str) -> int | None:
+        expired.append(path) if method == "PUT" else None
+        return 403 if method == "PUT" and len(expired) in (3, 9) else None
+
+    hub.answer = answer
+    push(sets / "first", REPO)
+    assert without_attributes(hub) == contents(sets / "first")
+    hub.answer = lambda method, _: 403 if method == "PUT" else None
+    with pytest.raises(UserError, match=r"data/train-000\d\d\.parquet: .*403 Forbidden") as caught:
+        push(sets / "grown", REPO)
+    said = capsys.readouterr().err + str(caught.value)
+    assert "/store/" in said
+    assert "signedSECRET" not in said
 
 
 def test_offline_mode_is_said(hub: HubServer, sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
