@@ -187,7 +187,7 @@ def _clock_axis(axes: Axes, clock: Sequence[int]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_xlabel("samples seen")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if clock and clock[0] == clock[-1]:
         axes.set_xlim(clock[0] - 1, clock[0] + 1)

@@ -270,7 +270,7 @@ def evaluate(run: Run, probes: Sequence[ProbeSet]) -> list[dict[str, Any]]:
     """One validation line for each probe, kept in the run's history."""
     lines = [stable_eval.evaluate(probe, run.samples_seen) for probe in probes]
     if lines:
-        say(wording.moment(lines, stable_eval.verdict(lines)))
+        talk.print(wording.moment(lines, stable_eval.verdict(lines)), markup=False, soft_wrap=True)
     if lines and run.samples_seen and all(not line["samples_seen"] for line in run.evaluations):
         say(wording.resolution(lines))  # the first time that there is a change to look at
     run.evaluations += lines
