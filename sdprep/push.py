@@ -6,10 +6,8 @@ the last commit. Whenever the push ends too early, the next one compares digests
 
 from __future__ import annotations
 
-import queue
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sdprep.console import Progress, progress, say, warn
 from sdprep.errors import DataError, UserError
 from sdprep.hub_access import limit_silence, open_hub, patiently, quiet
+from sdprep.parallel import each
 from sdprep.push_plan import MEGABYTE, LocalFile, Plan, Remote, compare, local_files, look
 from sdprep.schema import MANIFEST, read_manifest
 
@@ -194,7 +193,7 @@ class _Push:
             self.sent[file.name] = file.num_bytes
 
         made = {file.name: CommitOperationAdd(file.name, str(file.path)) for file in files}
-        _each(one, files, arrived)
+        each(one, files, IN_FLIGHT, arrived)
         return list(made.values())
 
     def _commit(self, message: str, files: Sequence[LocalFile], operations: Sequence[Any]) -> None:
@@ -244,52 +243,6 @@ def _groups(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
 
 def _unzipped(pairs: Sequence[tuple[LocalFile, Any]]) -> tuple[list[LocalFile], list[Any]]:
     return [file for file, _ in pairs], [operation for _, operation in pairs]
-
-
-def _each(
-    work: Callable[[LocalFile], None],
-    files: Sequence[LocalFile],
-    done: Callable[[LocalFile], None],
-) -> None:
-    """Do `work` for each file, a few at a time; after an error those in flight are finished.
-
-    The threads are daemons: Ctrl-C ends the program at once, not after the files in flight.
-    """
-    waiting: queue.SimpleQueue[LocalFile] = queue.SimpleQueue()
-    ended: queue.Queue[LocalFile | None] = queue.Queue()  # None: a thread has ended
-    errors: list[BaseException] = []
-    for file in files:
-        waiting.put(file)
-
-    def loop() -> None:
-        while not errors:
-            try:
-                file = waiting.get_nowait()
-            except queue.Empty:
-                break
-            try:
-                work(file)
-            except BaseException as error:
-                errors.append(error)
-                break
-            ended.put(file)
-        ended.put(None)
-
-    threads = [threading.Thread(target=loop, daemon=True) for _ in files[:IN_FLIGHT]]
-    for thread in threads:
-        thread.start()
-    running = len(threads)
-    while running:
-        try:
-            finished = ended.get(timeout=0.5)  # a timeout, or Windows hears no Ctrl-C
-        except queue.Empty:
-            continue
-        if finished is None:
-            running -= 1
-        else:
-            done(finished)
-    if errors:
-        raise errors[0]
 
 
 # --- before ---------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from PIL import Image
 
 import sdprep.hub_access
 import sdprep.prepared_files
+import sdprep.push
 from sdprep.commands.text import publish_preview_text, publish_text
 from sdprep.errors import DataError, RecipeError, UserError
 from sdprep.hub_access import repo_name
@@ -220,6 +221,23 @@ def test_replaced_data_and_card_change_in_one_commit(
     assert all(before[name].content == data for name, data in first.items())
     assert before["data/train-00020.parquet"].content  # new names came earlier
     assert after["data/train-00000.parquet"].content != first["data/train-00000.parquet"]
+
+
+def test_large_data_sets_take_larger_commits_and_a_large_end_several(
+    hub: HubServer, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdprep.push, "MOST_COMMITS", 2)
+    monkeypatch.setattr(sdprep.push, "LARGEST_COMMIT", 3)
+    push(sets / "first", REPO)
+    assert len(hub.repositories[REPO].commits) == 2 + 2
+    folder = tmp_path / "changed"
+    shutil.copytree(sets / "first", folder)
+    for number in range(7):
+        with (folder / f"data/train-{number:05d}.parquet").open("ab") as file:
+            file.write(b"more")
+    push(folder, REPO)
+    assert without_attributes(hub) == contents(folder)
+    assert len(hub.repositories[REPO].commits) == 4 + 3
 
 
 def test_formats_replace_each_other(hub: HubServer, sets: Path) -> None:
