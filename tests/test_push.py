@@ -483,6 +483,14 @@ def test_a_team_and_a_fine_grained_token_may(hub: HubServer, sets: Path) -> None
     assert push(sets / "first", "club/name").uploaded == 0
 
 
+def test_a_hub_that_knows_no_accounts_is_tried_all_the_same(
+    hub: HubServer, sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.answer = lambda _, path: 404 if path.endswith("whoami-v2") else None
+    assert push(sets / "first", REPO).uploaded == 24
+    assert "does not say whose token this is" in capsys.readouterr().err
+
+
 def test_a_refusal_of_the_hub_is_passed_on(hub: HubServer, sets: Path) -> None:
     hub.answer = lambda _, path: 403 if path.endswith("create") else None
     with pytest.raises(UserError, match=f"does not let you write to {REPO}: the loopback Hub"):
