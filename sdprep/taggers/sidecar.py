@@ -32,7 +32,6 @@ class SidecarTagger:
     fingerprint = '{"name": "sidecar", "version": 1}'
     batch_size = 1024
     is_thread_safe = True
-    is_thread_safe = True
 
     def annotate(self, batch: Sequence[Sample]) -> pa.RecordBatch:
         """Copy the names as they were written; normalising is for the composition of tags."""
