@@ -17,7 +17,7 @@ out = Console(highlight=False, soft_wrap=True)
 
 def say(message: str) -> None:
     """Print one line of talk (rich markup allowed) on stderr."""
-    talk.print(message)
+    talk.print(message, soft_wrap=True)
 
 
 def warn(message: str) -> None:

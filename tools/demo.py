@@ -21,7 +21,7 @@ from _setup import ROOT, enter, venv_python
 
 PREPARE = Path("recipes/tiny/prep.toml")
 TRAIN = Path("recipes/tiny/sdxl.toml")
-STOP_AT = 440  # samples: the run is stopped once it has a checkpoint there, and run again
+STOP_AT = 640  # samples: the run is stopped once it has a checkpoint there, and run again
 
 
 def main() -> None:
