@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from sdprep.commits import fragment_of
+from sdprep.annotation_results import Outcome, Results
 from sdprep.console import progress
 from sdprep.errors import DataError, UserError
 from sdprep.schema import CORE
@@ -32,6 +31,7 @@ class PixelNeeds:
     pixels: bool = True  # False: it reads columns only, `Sample.image` is None
     alpha: bool = False  # `Sample.alpha` is the upright alpha channel where the file has one
     data: bool = False  # `Sample.data` holds the original bytes
+    columns: tuple[str, ...] = ()  # more columns that `Sample.row` holds, where the table has them
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Sample:
     image: Image.Image | None = None  # upright sRGB, mode RGB, stored resolution
     alpha: Image.Image | None = None  # upright, mode L; None where the image is opaque
     data: bytes | None = None
+    attempt: int = 0  # how often --retry-failed came by before; for columns with a field `attempt`
 
 
 class Annotator(Protocol):
@@ -58,8 +59,18 @@ class Annotator(Protocol):
         """One row per sample, in their order, with `columns` as schema.
 
         An exception fails the batch; the loop then tries its samples one by one, and stores the
-        message in the `error` of those that fail alone.
+        message in the `error` of those that fail alone. Where that would be dear, the batch may
+        have one more column, `error`, with a message for each sample that failed.
         """
+        ...
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """An annotator that says what a run will take before it starts."""
+
+    def foresee(self, count: int) -> None:
+        """Tell people of `count` images what they will cost; a UserError stops the run."""
         ...
 
 
@@ -97,7 +108,8 @@ def annotate(
     Args:
         annotators: column name → annotator.
         redo: forget what the columns hold.
-        retry_failed: also try again where an earlier attempt ended in an error.
+        retry_failed: also try again where an earlier attempt ended in an error, or where the
+            fold `caption_check` has flagged a caption of that column.
         where: SQL predicate, to annotate only some images.
         batch_size: samples per call, in place of each annotator's own.
 
@@ -132,8 +144,10 @@ class _Run:
         self.batch_size = batch_size
         self.commit_seconds = commit_seconds
         self.reports = {column: ColumnReport(column) for column in annotators}
-        self.results = _Results(table, list(annotators), retry_failed)
-        self.open_in = {column: _open_predicate(column, retry_failed) for column in annotators}
+        self.results = Results(table, list(annotators), retry_failed)
+        self.open_in = {
+            column: _open_predicate(table, column, retry_failed) for column in annotators
+        }
         any_open = " OR ".join(f"({predicate})" for predicate in self.open_in.values())
         self.where = f"reject_ingest IS NULL AND ({any_open})"
         if where:
@@ -147,6 +161,9 @@ class _Run:
             report.skipped = self.table.count(predicate)
         if not total:
             return
+        for column, annotator in self.annotators.items():
+            if isinstance(annotator, Foreseeing):
+                annotator.foresee(self.table.count(f"{self.where} AND ({self.open_in[column]})"))
         started = last_commit = time.monotonic()
         names = ", ".join(self.annotators)
         try:
@@ -163,7 +180,7 @@ class _Run:
         for report in self.reports.values():
             report.images_per_second = round((report.done + report.failed) / seconds, 2)
 
-    def _take_in(self, fragment_id: int, outcomes: list[_Outcome]) -> None:
+    def _take_in(self, fragment_id: int, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             for column, value in outcome.values.items():
                 report = self.reports[column]
@@ -182,7 +199,7 @@ class _Run:
                     "What is done is kept. Mend it, then run again with --retry-failed.",
                 )
 
-    def _batches(self) -> Generator[tuple[int, list[_Outcome]], None, None]:
+    def _batches(self) -> Generator[tuple[int, list[Outcome]], None, None]:
         """Results in table order, a few chunks ahead of the reader at most."""
         workers = max(1, os.cpu_count() or 1)
         waiting: deque[tuple[int, Future[_Chunk]]] = deque()
@@ -201,8 +218,12 @@ class _Run:
         size = self.batch_size or max(a.batch_size for a in self.annotators.values())
         needs_image = any(a.pixels.pixels or a.pixels.data for a in self.annotators.values())
         columns = {name: name for name in CORE.names if name != "image" or needs_image}
+        more = dict.fromkeys(name for a in self.annotators.values() for name in a.pixels.columns)
+        columns |= {name: name for name in more if self.table.has(name)}
         for column, predicate in self.open_in.items():
             columns[f"open {column}"] = predicate
+            if _counts_attempts(self.annotators[column]):
+                columns[f"attempt {column}"] = f"{column}.attempt"
         for fragment in self.table.dataset.get_fragments():
             scanner = fragment.scanner(columns=columns, filter=self.where, batch_size=size)
             for batch in scanner.to_batches():
@@ -211,7 +232,9 @@ class _Run:
 
     def _in_thread(self, rows: list[dict[str, Any]]) -> _Chunk:
         """Decode, and run the annotators that need no turn of their own."""
-        outcomes = [_Outcome(row["id"], _open_columns(row, self.annotators)) for row in rows]
+        outcomes = [
+            Outcome(row["id"], _open_columns(row, self.annotators), _attempts(row)) for row in rows
+        ]
         samples: list[Sample | None] = []
         for row, outcome in zip(rows, outcomes, strict=True):
             try:
@@ -220,14 +243,15 @@ class _Run:
                 samples.append(None)
                 for column, annotator in self.annotators.items():
                     if column in outcome.open:
-                        outcome.values[column] = _failure(annotator, str(error))
+                        attempt = outcome.attempts.get(column, 0)
+                        outcome.values[column] = _failure(annotator, str(error), attempt)
         chunk = _Chunk(outcomes, samples)
         for column, annotator in self.annotators.items():
             if annotator.is_thread_safe:
                 self._run(column, annotator, chunk)
         return chunk
 
-    def _in_turn(self, fragment_id: int, future: Future[_Chunk]) -> tuple[int, list[_Outcome]]:
+    def _in_turn(self, fragment_id: int, future: Future[_Chunk]) -> tuple[int, list[Outcome]]:
         chunk = future.result()
         for column, annotator in self.annotators.items():
             if not annotator.is_thread_safe:
@@ -236,7 +260,7 @@ class _Run:
 
     def _run(self, column: str, annotator: Annotator, chunk: _Chunk) -> None:
         todo = [
-            (outcome, sample)
+            (outcome, replace(sample, attempt=outcome.attempts.get(column, 0)))
             for outcome, sample in zip(chunk.outcomes, chunk.samples, strict=True)
             if sample is not None and column in outcome.open
         ]
@@ -249,29 +273,37 @@ class _Run:
 
 
 @dataclass
-class _Outcome:
-    id: str
-    open: frozenset[str]  # the columns that have no value yet
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass
 class _Chunk:
-    outcomes: list[_Outcome]
+    outcomes: list[Outcome]
     samples: list[Sample | None]  # None: the image did not open
 
 
-def _open_predicate(column: str, retry_failed: bool) -> str:
-    if retry_failed:
-        return f"{column} IS NULL OR {column}.error IS NOT NULL"
-    return f"{column} IS NULL"
+def _open_predicate(table: PhotoTable, column: str, retry_failed: bool) -> str:
+    if not retry_failed:
+        return f"{column} IS NULL"
+    predicate = f"{column} IS NULL OR {column}.error IS NOT NULL"
+    if column.startswith("caption_") and table.has("caption_check"):
+        flagged = f"array_has(caption_check.columns, '{column}')"
+        predicate += f" OR coalesce({flagged}, false)"
+    return predicate
+
+
+def _counts_attempts(annotator: Annotator) -> bool:
+    return "attempt" in annotator.columns.names
+
+
+def _attempts(row: dict[str, Any]) -> dict[str, int]:
+    """Number of the attempt that comes now, from 0; takes the stored ones out of the row."""
+    names = [name for name in row if name.startswith("attempt ")]
+    stored = {name.removeprefix("attempt "): row.pop(name) for name in names}
+    return {column: 0 if value is None else value + 1 for column, value in stored.items()}
 
 
 def _open_columns(row: dict[str, Any], annotators: Mapping[str, Annotator]) -> frozenset[str]:
     return frozenset(column for column in annotators if row.pop(f"open {column}"))
 
 
-def _sample(row: dict[str, Any], outcome: _Outcome, annotators: Mapping[str, Annotator]) -> Sample:
+def _sample(row: dict[str, Any], outcome: Outcome, annotators: Mapping[str, Annotator]) -> Sample:
     """Decode one image as far as the annotators that still want it need.
 
     Raises:
@@ -300,53 +332,16 @@ def _values(annotator: Annotator, samples: list[Sample]) -> list[dict[str, Any]]
         raise  # a missing extra or a wrong model concerns every image, not this one
     except Exception as error:
         if len(samples) == 1:
-            return [_failure(annotator, f"{type(error).__name__}: {error}")]
+            return [_failure(annotator, f"{type(error).__name__}: {error}", samples[0].attempt)]
         return [_values(annotator, [sample])[0] for sample in samples]
     assert batch.num_rows == len(samples), "one row per sample"
-    assert batch.schema.names == annotator.columns.names, "the declared columns"
-    return [{**row, "error": None} for row in batch.to_pylist()]
+    names = annotator.columns.names
+    assert batch.schema.names in (names, [*names, "error"]), "the declared columns"
+    return [{"error": None, **row} for row in batch.to_pylist()]
 
 
-def _failure(annotator: Annotator, message: str) -> dict[str, Any]:
-    return {**dict.fromkeys(annotator.columns.names), "error": message}
-
-
-class _Results:
-    """Finished values that are not committed yet."""
-
-    def __init__(self, table: PhotoTable, columns: list[str], retry_failed: bool) -> None:
-        self.table = table
-        self.columns = columns
-        self.retry_failed = retry_failed
-        self.by_fragment: dict[int, list[_Outcome]] = {}
-
-    def add(self, fragment_id: int, outcomes: list[_Outcome]) -> None:
-        self.by_fragment.setdefault(fragment_id, []).extend(outcomes)
-
-    def commit(self) -> None:
-        """Write all of them in one commit."""
-        updates = {
-            fragment_id: self._rows(fragment_id, outcomes)
-            for fragment_id, outcomes in self.by_fragment.items()
-        }
-        self.by_fragment.clear()
-        self.table.commit(updates, only_open=not self.retry_failed)
-
-    def _rows(self, fragment_id: int, outcomes: list[_Outcome]) -> pa.Table:
-        """New values; where an image had one already, that one again."""
-        schema = self.table.schema
-        ids = pa.array([outcome.id for outcome in outcomes], pa.string())
-        fragment = fragment_of(self.table.dataset, fragment_id)
-        partial = [c for c in self.columns if any(c not in o.values for o in outcomes)]
-        old = fragment.to_table(columns=["id", *partial]) if partial else None
-        values = {}
-        for column in self.columns:
-            type_ = schema.field(column).type
-            new = pa.array([outcome.values.get(column) for outcome in outcomes], type_)
-            if old is not None and column in partial:
-                places = pc.index_in(ids, value_set=old["id"].combine_chunks())
-                kept = old[column].combine_chunks().take(places)
-                is_new = pa.array([column in outcome.values for outcome in outcomes])
-                new = pc.if_else(is_new, new, kept)
-            values[column] = new
-        return pa.table({"id": ids, **values})
+def _failure(annotator: Annotator, message: str, attempt: int) -> dict[str, Any]:
+    values: dict[str, Any] = dict.fromkeys(annotator.columns.names)
+    if _counts_attempts(annotator):
+        values["attempt"] = attempt
+    return {**values, "error": message}

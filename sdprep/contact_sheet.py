@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,20 @@ def draw_sheet(table: PhotoTable, to: Path, count: int = 40) -> dict[str, Any]:
     """
     rows = _decided(table)
     shown = _in_order(rows, count)
+    _draw(table, to, shown)
+    return {"path": str(to), "shown": len(shown), "images": len(rows)}
+
+
+def draw_pictures(table: PhotoTable, to: Path, lines: Mapping[str, Sequence[str]]) -> None:
+    """Draw some images in the order given: id → two lines of text below it."""
+    rows = [
+        {"id": id_, "state": "kept", "reject_ingest": None, "lines": text}
+        for id_, text in lines.items()
+    ]
+    _draw(table, to, rows)
+
+
+def _draw(table: PhotoTable, to: Path, shown: Sequence[dict[str, Any]]) -> None:
     columns = min(8, max(1, len(shown)))
     height = -(-len(shown) // columns)
     cell_w, cell_h = _SIDE + _GAP, _SIDE + _TEXT + _GAP
@@ -44,7 +58,6 @@ def draw_sheet(table: PhotoTable, to: Path, count: int = 40) -> dict[str, Any]:
             draw.text(position, _fitting(text, font), fill=_INK, font=font)
     to.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(to)
-    return {"path": str(to), "shown": len(shown), "images": len(rows)}
 
 
 def _decided(table: PhotoTable) -> list[dict[str, Any]]:

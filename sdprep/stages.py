@@ -13,7 +13,7 @@ from typing import Any
 
 from sdprep import plugins
 from sdprep.annotate import Annotator, annotate
-from sdprep.console import command_line
+from sdprep.console import command_line, say, warn
 from sdprep.errors import UserError
 from sdprep.history import stage
 from sdprep.recipe import AnnotatorConfig, column_name, options, validate
@@ -71,7 +71,27 @@ def annotate_stage(
     kinds = "+".join(dict.fromkeys(COLUMN_PREFIX[kind] for kind, _, _ in jobs))
     with stage(table, kinds, command_line()):
         reports = annotate(table, annotators, **how)
+        if any(kind == "captioner" for kind, _, _ in jobs):
+            watch_captions(table)
     return [asdict(report) for report in reports]
+
+
+def watch_captions(table: PhotoTable) -> Report | None:
+    """Run the monitors over every caption there is; says aloud how many they flag."""
+    from sdprep.caption_check import check_captions, has_captions
+
+    if not has_captions(table):
+        return None
+    report = check_captions(table)
+    if report["flagged"]:
+        say(
+            f"{report['flagged']:,} of {report['captioned']:,} captioned images are flagged; "
+            f"sdprep show {table.path} --flagged lists them, worst first"
+        )
+    for source, found in report["sets"].items():
+        for warning in found["warnings"]:
+            warn(f"captions of {source}: {warning}")
+    return report
 
 
 def compose_stage(table: PhotoTable, config: Any) -> Report:
@@ -79,7 +99,9 @@ def compose_stage(table: PhotoTable, config: Any) -> Report:
     from sdprep.tags import TagsConfig, compose_tags
 
     with stage(table, "tags", command_line()):
-        return compose_tags(table, config or TagsConfig())
+        report = compose_tags(table, config or TagsConfig())
+        watch_captions(table)
+        return report
 
 
 def duplicates_stage(table: PhotoTable, config: Any) -> Report:

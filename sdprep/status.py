@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from sdprep.caption_check import caption_counts
 from sdprep.errors import DataError
 from sdprep.schema import REJECT_STAGES
 from sdprep.table import FINGERPRINT, PhotoTable
@@ -24,6 +25,7 @@ def status(table: PhotoTable) -> dict[str, Any]:
         "annotators": [_annotator(table, name) for name in annotator_columns(table)],
         "splits": _splits(table),
         "warnings": _warnings(table),
+        "captions": caption_counts(table),
         "human_actions": len(table.journal().fold()),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,10 @@ def show(
     to: Annotated[
         Path | None, typer.Option(help="Picture to write; without ID a sheet of what was decided.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 40,
+    count: Annotated[int, typer.Option(min=1, help="Images on the sheet or in the list.")] = 40,
+    flagged: Annotated[
+        bool, typer.Option("--flagged", help="Captions that the monitors flag, worst first.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Everything that is known about one image, or a picture of what was decided."""
@@ -67,6 +70,9 @@ def show(
     from sdprep.table import PhotoTable
 
     opened = PhotoTable.open(table)
+    if flagged:
+        _show_flagged(opened, id_, to, count, json_)
+        return
     if id_ is None:
         if to is None:
             raise UserError("show needs an ID, or --to PNG for a sheet of what was decided")
@@ -79,6 +85,25 @@ def show(
     if to:
         save_picture(opened, row, to)
     show_report(row, json_, row_text(row))
+
+
+def _show_flagged(table: Any, id_: str | None, to: Path | None, count: int, json_: bool) -> None:
+    from sdprep.caption_check import review_queue
+    from sdprep.commands.text import flagged_text
+    from sdprep.errors import UserError
+
+    if id_ is not None:
+        raise UserError("show takes an ID or --flagged, not both")
+    found = review_queue(table, count)
+    text = flagged_text(found)
+    if to:
+        from sdprep.contact_sheet import draw_pictures
+
+        lines = {row["id"]: [row["file"], ", ".join(row["flags"])] for row in found["rows"]}
+        draw_pictures(table, to, lines)
+        found["path"] = str(to)
+        text += f"\n\ndrew {len(lines)} images: {to}"
+    show_report(found, json_, text)
 
 
 def plugins(json_: Json = False) -> None:

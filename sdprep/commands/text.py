@@ -193,7 +193,34 @@ def status_text(found: Report) -> str:
     for title in ("splits", "warnings"):
         if found[title]:
             lines.append(f"{title}: {counted(found[title])}")
+    if found["captions"]:
+        lines += _captions_text(found["captions"])
     return "\n".join(lines)
+
+
+def _captions_text(found: Report) -> list[str]:
+    """What the monitors say of the captions."""
+    flags = f" ({counted(found['flags'])})" if found["flags"] else ""
+    lines = [f"captions: {found['captioned']:,} images, {found['flagged']:,} flagged{flags}"]
+    for source, numbers in found["sets"].items():
+        lines += [f"  {source}: {warning}" for warning in numbers["warnings"]]
+    return lines
+
+
+def flagged_text(found: Report) -> str:
+    """Flagged captions, worst first, with what speaks against them."""
+    total, shown = found["flagged"], len(found["rows"])
+    if not total:
+        return f"none of {found['captioned']:,} captioned images is flagged"
+    blocks = [f"{total:,} of {found['captioned']:,} captioned images are flagged; worst first"]
+    for row in found["rows"]:
+        lines = [f"{row['id']}  {row['file']}  {', '.join(row['flags'])}"]
+        lines += [f"  ! {reason}" for reason in row["reasons"]]
+        lines += [f"  {each['source']}: {each['text']}" for each in row["captions"]]
+        blocks.append("\n".join(lines))
+    if shown < total:
+        blocks.append(f"… and {total - shown:,} more; --count shows them")
+    return "\n\n".join(blocks)
 
 
 def history_text(stages: list[Report]) -> str:
