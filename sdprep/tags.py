@@ -7,6 +7,7 @@ Everything is looked at per distinct raw name once, so the work per row is a few
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from pydantic import Field, field_validator
 
 from sdprep.console import say, warn
 from sdprep.duplicate_groups import gave_way, unite_tags
+from sdprep.errors import UserError
 from sdprep.recipe import Section
 from sdprep.schema import FOLDS, TAG_CATEGORIES
 from sdprep.tag_composition import RawTag, TagEdits, compose_row, read_edits
@@ -41,6 +43,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 THRESHOLDS: dict[str, dict[str, float]] = {
     "joytag": {"default": 0.4},
     "wd": {"general": 0.35, "character": 0.85, "rating": 0.0},
+    "zero_shot": {"default": math.inf},  # a label without a threshold of its own stays out
 }
 """Least probability by tagger and category; sources in spec/prep.md, section 3."""
 
@@ -63,6 +66,11 @@ class TagsConfig(Section):
     )
     thresholds: dict[str, dict[str, Probability]] = Field(
         {}, description="Least probability by tagger, then by category or `default` (0 to 1)."
+    )
+    label_thresholds: dict[str, dict[str, Probability]] = Field(
+        {},
+        description="Least probability by tagger, then by tag as it stored it (0 to 1); goes "
+        "before `thresholds`, and is the only way of a zero-shot label into prompts.",
     )
     box_tags: dict[str, str] = Field(
         {"a watermark": "watermark", "watermark": "watermark"},
@@ -109,17 +117,32 @@ class TagsConfig(Section):
             categories=categories,
         )
 
-    def thresholds_of(self, tagger: str) -> dict[str, float]:
+    def thresholds_of(self, tagger: str, plugin: str | None = None) -> dict[str, float]:
         """Least probability by category for a tagger column `tags_<tagger>`.
 
-        `wd_eva` takes those of `wd`; a tagger without any keeps all that it stored.
+        A tagger without any keeps all that it stored.
+
+        Args:
+            plugin: what filled the column, where that is known; else the name tells, as `wd_eva`
+                tells `wd`.
+
+        Raises:
+            UserError: a threshold for all labels of a zero-shot tagger.
         """
         family = max(
             (name for name in THRESHOLDS if tagger == name or tagger.startswith(f"{name}_")),
             key=len,
             default="",
         )
-        return {**THRESHOLDS.get(family, {}), **self.thresholds.get(tagger, {})}
+        if plugin in THRESHOLDS:
+            family = plugin
+        own = self.thresholds.get(tagger, {})
+        if own and family == "zero_shot":
+            raise UserError(
+                f"tags.thresholds.{tagger}: zero-shot labels differ too much for one threshold",
+                f'Measure one for each: [tags.label_thresholds.{tagger}] "a label" = 0.8',
+            )
+        return {**THRESHOLDS.get(family, {}), **own}
 
 
 def compose_tags(table: PhotoTable, config: TagsConfig) -> dict[str, int]:
@@ -136,12 +159,17 @@ def compose_tags(table: PhotoTable, config: TagsConfig) -> dict[str, int]:
     edits = read_edits(table.journal().fold())
     readers = _readers(table)
     _warn_unused(config, readers)
+    limits = {
+        name: config.thresholds_of(name.removeprefix("tags_"), _plugin(table, name))
+        for name in readers
+        if name.startswith("tags_")
+    }
     with table.writer():
         rows = table.read(["id", *dict.fromkeys(readers.values())], "reject_ingest IS NULL")
         counts: Counter[str] = Counter(images=rows.num_rows)
         parts: list[tuple[pa.Array, pa.Array, pa.Array]] = []
         for batch in rows.to_batches(max_chunksize=_ROWS_AT_A_TIME):
-            parts.append(_compose_batch(batch, readers, rules, config, edits, counts))
+            parts.append(_compose_batch(batch, readers, rules, config, limits, edits, counts))
         values = {}
         for place, name in enumerate(("tags", "caption", "captions")):
             arrays = [part[place] for part in parts]
@@ -207,10 +235,21 @@ def _readers(table: PhotoTable) -> dict[str, str]:
 def _warn_unused(config: TagsConfig, readers: Mapping[str, str]) -> None:
     """Thresholds of a tagger that never ran do nothing: say so."""
     taggers = [name.removeprefix("tags_") for name in readers if name.startswith("tags_")]
-    for tagger in config.thresholds:
-        if tagger not in taggers:
-            there = ", ".join(taggers) or "none"
-            warn(f"tags.thresholds.{tagger}: no such tagger has run; there are: {there}")
+    for key in ("thresholds", "label_thresholds"):
+        for tagger in getattr(config, key):
+            if tagger not in taggers:
+                there = ", ".join(taggers) or "none"
+                warn(f"tags.{key}.{tagger}: no such tagger has run; there are: {there}")
+
+
+def _plugin(table: PhotoTable, column: str) -> str | None:
+    """Which plugin filled a column, whatever it is called; None where its fingerprint is silent."""
+    from sdprep.table import FINGERPRINT
+
+    try:
+        return json.loads(table.notes(column).get(FINGERPRINT, "")).get("name")
+    except (ValueError, AttributeError):
+        return None
 
 
 def _compose_batch(
@@ -218,14 +257,10 @@ def _compose_batch(
     readers: Mapping[str, str],
     rules: TagRules,
     config: TagsConfig,
+    limits: Mapping[str, Mapping[str, float]],
     edits: Mapping[str, TagEdits],
     counts: Counter[str],
 ) -> tuple[pa.Array, pa.Array, pa.Array]:
-    limits = {
-        name: config.thresholds_of(name.removeprefix("tags_"))
-        for name in readers
-        if name.startswith("tags_")
-    }
     columns = {name: batch.column(path).to_pylist() for name, path in readers.items()}
     all_tags, all_captions, main = [], [], []
     for row, id_ in enumerate(batch.column("id").to_pylist()):
@@ -236,7 +271,9 @@ def _compose_batch(
             if not value:
                 continue
             if name in limits:
-                raw += _above(value, name.removeprefix("tags_"), limits[name], counts)
+                tagger = name.removeprefix("tags_")
+                labels = config.label_thresholds.get(tagger, {})
+                raw += _above(value, tagger, limits[name], labels, counts)
             elif name.startswith("boxes_"):
                 raw += _of_boxes(value, name.removeprefix("boxes_"), config)
             else:
@@ -261,6 +298,7 @@ def _above(
     tags: Sequence[Mapping[str, Any]],
     source: str,
     limits: Mapping[str, float],
+    labels: Mapping[str, float],
     counts: Counter[str],
 ) -> Iterable[RawTag]:
     """Tags of one tagger at or above their threshold; of ratings only the most probable."""
@@ -268,7 +306,9 @@ def _above(
     ratings: list[RawTag] = []
     for tag in tags:
         category, p = tag["category"], tag["p"]
-        least = limits.get(category or "general", limits.get("default", 0.0))
+        least = labels.get(tag["name"])
+        if least is None:
+            least = limits.get(category or "general", limits.get("default", 0.0))
         if p is not None and not p >= least:  # a NaN is below every threshold
             counts["below_threshold"] += 1
             continue
