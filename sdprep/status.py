@@ -112,9 +112,12 @@ def find_row(table: PhotoTable, name: str) -> dict[str, Any]:
 
 
 def save_picture(table: PhotoTable, row: dict[str, Any], path: Path) -> None:
-    """Write one image as every stage sees it: upright, sRGB, on white; without metadata."""
+    """Write one image as every stage sees it: upright, sRGB, on white; with its boxes drawn."""
+    from sdprep.box_drawing import boxes_of, draw_boxes
     from sdprep.images import open_image
 
     data = table.image_bytes([row["id"]])[row["id"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    open_image(data, first_frame=True).image.save(path)
+    image = open_image(data, first_frame=True).image
+    draw_boxes(image, boxes_of(row))
+    image.save(path)
