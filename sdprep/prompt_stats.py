@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -80,14 +81,61 @@ def statistics(rows: Rows, policy: PromptPolicy, seed: int, *, visits: int = 4) 
         their lower edge); `means`; `shares` of prompts (`chunks_1` up to 75 tokens, `chunks_2` up
         to 150, and so on; `dropped`, `truncated`, `empty`, `with_score_tags`); `modes`, `missing`;
         `score_tags` (share of the prompts not dropped that show it); `exposure` of tags (prompts
-        that show it ÷ prompts of images that have it); `reference`.
+        that show it ÷ prompts of images that have it); `reference`; `target`, what the laws of the
+        policy say of `tags` (None without a closed form), `dropped` and `with_score_tags`.
     """
     tally = _Tally()
+    num_tags = []
     for record in map(_record, rows):
         tally.images += 1
+        num_tags.append(len(record.tags))
         for visit in range(visits):
             tally.add(record, render_prompt(record, policy, seed, visit))
-    return tally.to_json(policy.max_chunks)
+    target = target_tags(policy, num_tags)
+    targets = {
+        "tags": None if target is None else {str(n): share for n, share in target.items()},
+        "dropped": policy.dropout_p,
+        "with_score_tags": 1 - policy.score.drop_p,
+    }
+    return {**tally.to_json(policy.max_chunks), "target": targets}
+
+
+def target_tags(policy: PromptPolicy, num_tags: Iterable[int]) -> dict[int, float] | None:
+    """What the length law says of the number of tags, for images that have so many tags.
+
+    Args:
+        policy: its law must be a normal one or `all`; priority tags are left out of account.
+        num_tags: tags of each image.
+
+    Returns:
+        number of tags -> share of the prompts made of tags; None for laws without a closed form.
+    """
+    law = policy.length
+    if law.law not in ("truncated_normal", "clamped_normal", "all"):
+        return None
+    shares: Counter[int] = Counter()
+    totals = Counter(number for number in num_tags if number)
+    for total, images in totals.items():
+        for number, share in _law(policy, total).items():
+            shares[number] += share * images
+    whole = sum(totals.values())
+    return {number: share / whole for number, share in sorted(shares.items())} if whole else {}
+
+
+def _law(policy: PromptPolicy, total: int) -> dict[int, float]:
+    """Share of each number of tags for one image that has `total`."""
+    law = policy.length
+    if law.law == "all" or total <= law.min:
+        return {total: 1.0}
+
+    def below(number: float) -> float:
+        return 0.5 * math.erfc((law.mean - number) / law.sd / math.sqrt(2))
+
+    is_cut = law.law == "truncated_normal"
+    floor, scale = (below(law.min), 1 - below(law.min)) if is_cut else (0.0, 1.0)
+    upto = [max(0.0, (below(number + 1) - floor) / scale) for number in range(law.min, total)]
+    shares = [high - low for low, high in zip([0.0, *upto], upto, strict=False)]
+    return dict(enumerate([*shares, 1 - upto[-1]], law.min))
 
 
 class _Tally:

@@ -2,7 +2,9 @@
 
 import json
 
-from sdprep.prompt_stats import compare, previews, statistics
+import pytest
+
+from sdprep.prompt_stats import compare, previews, statistics, target_tags
 from sdprep.prompts import (
     PromptPolicy,
     render_prompt,
@@ -45,3 +47,27 @@ def test_previews_and_comparison():
     pairs = list(compare(rows, policy(tag_style="spaces"), policy(tag_style="underscores"), 1))
     assert all(not pair["same"] for pair in pairs)
     assert all(pair["second"]["text"].replace("_", " ") == pair["first"]["text"] for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("law", "total", "mean", "all_kept"),
+    [
+        ("truncated_normal", 10, 9.85, 0.949),
+        ("truncated_normal", 20, 18.56, 0.797),
+        ("truncated_normal", 40, 30.13, 0.376),
+        ("clamped_normal", 10, 9.43, 0.867),
+        ("clamped_normal", 20, 17.39, 0.728),
+        ("clamped_normal", 40, 27.96, 0.343),
+    ],
+)
+def test_the_target_law_is_the_published_one(
+    law: str, total: int, mean: float, all_kept: float
+) -> None:
+    policy = PromptPolicy.model_validate({"length": {"law": law}})
+    target = target_tags(policy, [total, total])
+    assert target is not None
+    assert sum(target.values()) == pytest.approx(1.0)
+    assert sum(n * share for n, share in target.items()) == pytest.approx(mean, abs=0.005)
+    assert target[total] == pytest.approx(all_kept, abs=0.0005)
+    empirical = PromptPolicy.model_validate({"length": {"law": "like_caption"}})
+    assert target_tags(empirical, [total]) is None

@@ -63,6 +63,8 @@ def statistics(
     policies = [with_spellings(read_policy(file), table, rows) for file in files]
     counted = [count(rows, policy, seed) for policy in policies]
     if to:
+        from sdprep.prompt_figure import draw_statistics
+
         draw_statistics(counted, to)
     text = "\n\n".join(_statistics_text(each) for each in counted)
     return (counted[0] if len(counted) == 1 else {"policies": counted}), text
@@ -96,31 +98,3 @@ def _bars(histogram: dict[str, int]) -> list[str]:
         f"{value:>5} {'█' * round(_BAR * count / most):<{_BAR}} {count:,}"
         for value, count in histogram.items()
     ]
-
-
-def draw_statistics(counted: list[dict[str, Any]], to: Path) -> None:
-    """Draw tags and tokens per prompt as a PNG, policies side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    width = 0.8 / len(counted)
-    for axis, name, bin_width in zip(axes, ("tags", "tokens"), (1, 15), strict=True):
-        for place, found in enumerate(counted):
-            total = sum(found[name].values()) or 1
-            left = [int(value) + bin_width * width * place for value in found[name]]
-            shares = [100 * count / total for count in found[name].values()]
-            label = f"policy {place + 1}" if len(counted) > 1 else None
-            axis.bar(left, shares, width=bin_width * width, align="edge", label=label)
-        axis.set(xlabel=f"{name} per prompt", ylabel="% of prompts")
-        axis.spines[["top", "right"]].set_visible(False)
-        if name == "tokens":
-            for edge in (75, 150, 225):
-                axis.axvline(edge, color="grey", linewidth=0.8, linestyle=":")
-        if len(counted) > 1:
-            axis.legend(frameon=False)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(to, dpi=120)
-    pyplot.close(figure)
