@@ -1,0 +1,140 @@
+"""CLIP and SigLIP: pictures and words as vectors of one space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from sdprep.clip_tokens import clean_text
+from sdprep.errors import DataError, UserError
+from sdprep.model_files import ModelFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLASSES = ("clip", "siglip")
+FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
+
+
+def check_files(folder: ModelFolder) -> None:
+    """Whether it is a CLIP or SigLIP with all its parts, without reading the weights.
+
+    Raises:
+        DataError: it is not.
+    """
+    found = folder.read_json("config.json").get("model_type")
+    if found not in CLASSES:
+        raise DataError(
+            f"model {folder.name} is of type {found!r}, expected clip or siglip",
+            "Take a model with both image and text encoder, as openai/clip-vit-large-patch14.",
+        )
+    if not folder.has("model.safetensors.index.json"):
+        folder.need("model.safetensors")
+    if not folder.has("processor_config.json"):
+        folder.need("preprocessor_config.json")
+    if not any(folder.has(name) for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+        folder.need("tokenizer.json")
+
+
+class ContrastiveModel:
+    """A loaded model with its processors."""
+
+    def __init__(self, folder: ModelFolder, device: str) -> None:
+        """Load weights, image processor and tokenizer.
+
+        Raises:
+            DataError: weights are missing or of another shape.
+        """
+        import torch
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        try:
+            model, report = AutoModel.from_pretrained(
+                folder.path,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **safe,
+            )
+            self.processor = AutoImageProcessor.from_pretrained(folder.path, **safe)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder.path, **safe)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"model {folder.name} does not load: {error}") from None
+        # transformers would go on with random numbers in place of what is missing.
+        lacks = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        lacks = [name for name in lacks if not name.endswith("position_ids")]
+        if lacks:
+            raise DataError(
+                f"model {folder.name} does not fit its config.json: {', '.join(lacks[:3])}"
+            )
+        self.name, self.device = folder.name, device
+        self.model = model.eval().to(device)
+        self.scale = float(model.logit_scale.detach().exp())
+        self.is_siglip = model.config.model_type == "siglip"
+        self.max_tokens = int(model.config.text_config.max_position_embeddings)
+
+    def image_embeddings(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """(B, D) float32 of unit length."""
+        import torch
+
+        with torch.inference_mode():
+            pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+            found = self.model.get_image_features(pixel_values=pixels.to(self.device))
+            return _unit(_tensor(found).float().cpu().numpy())
+
+    def text_embedding(self, texts: Sequence[str]) -> np.ndarray:
+        """(D,) float32 of unit length: the mean direction of all ways to say it.
+
+        Raises:
+            UserError: a text is longer than the model reads.
+        """
+        import torch
+
+        texts = [clean_text(text) for text in texts]
+        for text in texts:
+            count = len(self.tokenizer(text)["input_ids"])
+            if count > self.max_tokens:
+                raise UserError(
+                    f"model {self.name} reads {self.max_tokens} tokens, and this prompt of a label "
+                    f"has {count}: {text!r}",
+                    "Shorten it.",
+                )
+        # SigLIP was trained with every text padded to the end.
+        how: dict[str, Any] = {"padding": True}
+        if self.is_siglip:
+            how = {"padding": "max_length", "max_length": self.max_tokens}
+        with torch.inference_mode():
+            tokens = self.tokenizer(texts, return_tensors="pt", **how).to(self.device)
+            wanted = {"input_ids": tokens["input_ids"]}
+            if not self.is_siglip:
+                wanted["attention_mask"] = tokens["attention_mask"]
+            found = self.model.get_text_features(**wanted)
+            each = _unit(_tensor(found).float().cpu().numpy())
+        return _unit(each.mean(axis=0))
+
+
+def _tensor(found: Any) -> Tensor:
+    """The features themselves; transformers 5 wraps them, 4 does not."""
+    return getattr(found, "pooler_output", found)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
