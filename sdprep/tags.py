@@ -73,7 +73,7 @@ class TagsConfig(Section):
         "before `thresholds`, and is the only way of a zero-shot label into prompts.",
     )
     box_tags: dict[str, str] = Field(
-        {"a watermark": "watermark", "watermark": "watermark"},
+        {"a watermark": "watermark", "watermark": "watermark", "text": "text"},
         description="Tag that a detected box of this label stands for.",
     )
     box_min_score: Probability = Field(0.1, description="A box counts above this score (0 to 1).")
