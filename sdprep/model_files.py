@@ -6,7 +6,9 @@ import fnmatch
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,9 +143,12 @@ def _fetched(model: str, revision: str | None, files: Sequence[str]) -> Path:
     """The snapshot in the Hub's cache; its folder is named by the commit."""
     from huggingface_hub import constants, errors, snapshot_download
 
+    from sdprep.hub_access import quiet
+
     wanted = f"{model} (revision {revision})" if revision else model
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
+        with nullcontext() if sys.stderr.isatty() else quiet():
+            return Path(snapshot_download(model, revision=revision, allow_patterns=list(files)))
     except errors.GatedRepoError:
         raise UserError(
             f"model {model} is gated: its authors let in only who accepted their terms",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,10 @@ class ContrastiveModel:
         """
         import torch
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             model, report = AutoModel.from_pretrained(
