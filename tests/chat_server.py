@@ -24,6 +24,7 @@ class ChatServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.plan: dict[int, list[str]] = {}
         self.asked: list[dict[str, Any]] = []
+        self.stolen: list[str | None] = []  # keys that a redirect would have led away
         self.at_once = self.most_at_once = 0
         self.guard = threading.Lock()
 
@@ -53,6 +54,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass
 
+    def do_GET(self) -> None:
+        self.server.stolen.append(self.headers.get("Authorization"))
+        self._send(200, b"{}")
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = body["messages"][-1]["content"]
@@ -79,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         if step == "slow":
             time.sleep(0.8)
         elif step == "redirect":
-            self._send(307, b"", Location="http://127.0.0.1:9/steal")
+            self._send(302, b"", Location=f"{self.server.url}/steal")
             return
         elif step.isdigit():
             said = f"no: {entry['headers'].get('Authorization', '')}"

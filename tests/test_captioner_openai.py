@@ -116,6 +116,7 @@ def test_what_concerns_all_images_stops_the_run(
             caption(table, config(server, api_key_env=key))
         assert "refuses" in str(stop.value)
         assert KEY not in str(stop.value)
+    assert server.stolen == []
     with pytest.raises(UserError, match="TEST_OTHER_KEY is not set"):
         caption(table, config(server, api_key_env="TEST_OTHER_KEY"))
     gone = config(server, retries=1).model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
