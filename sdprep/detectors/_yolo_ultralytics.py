@@ -88,7 +88,8 @@ def _imported() -> Any:
         raise UserError(
             f"{WHO}: ultralytics {ultralytics.__version__} with PyTorch {torch.__version__} cannot "
             "load weights without running the code that a .pt may hold",
-            "Install ultralytics >= 8.4 and torch >= 2.6, or export the model to ONNX where you "
+            "If something imported ultralytics earlier, set ULTRALYTICS_SAFE_LOAD=1 before. Else "
+            "install ultralytics >= 8.4 and torch >= 2.6, or export the model to ONNX where you "
             "trust it: yolo export model=FILE.pt format=onnx",
         )
     return ultralytics.YOLO
