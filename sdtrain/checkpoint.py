@@ -25,11 +25,11 @@ FORMAT_VERSION = 1
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 
 FREE_KEYS = (
-    *("output", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
+    *("output", "model.path", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
     *("precision.device",),
 )
-"""Recipe keys that may change freely: they do not touch the result. The data set is compared by
-its fingerprint, so a moved folder is the same data."""
+"""Recipe keys that may change freely: they do not touch the result. Data set and model are compared
+by their fingerprints, so what was moved is still the same."""
 
 
 @dataclass(frozen=True)

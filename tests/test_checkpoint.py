@@ -154,6 +154,7 @@ def test_differences_are_all_listed_with_both_values() -> None:
         "seed": 2,
         "data": {"batch_size": 8, "path": "b", "workers": 2},
         "train": {"rules": []},
+        "model": {"path": "elsewhere"},
     }
     with pytest.raises(UserError) as caught:
         checkpoint.refuse_changes(Path("c/8"), BEFORE, after, [])
@@ -163,6 +164,7 @@ def test_differences_are_all_listed_with_both_values() -> None:
     assert "train.rules: [1] -> []" in message
     assert "--accept-change seed" in message
     assert "data.path" not in message  # the fingerprint speaks for the data
+    assert "model.path" not in message  # and for the model
     assert "workers" not in message
 
 
