@@ -51,6 +51,16 @@ def torch_device(wanted: str, who: str) -> str:
     )
 
 
+def batch_on(device: str, count: int) -> int:
+    """Images in one forward: on a CPU a single one, elsewhere all of them.
+
+    In a batch the last bits of a result depend on its size, so on what had been done before a
+    kill. Alone they do not, and on a CPU it costs nothing (ViT at 448 px, 4 images: 1.70 s in one
+    batch, 1.57 s one by one).
+    """
+    return 1 if device == "cpu" else max(1, count)
+
+
 class FittingBatches:
     """Runs a model on batches, in halves where memory runs out; what fits is remembered."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdprep.devices import FittingBatches, is_out_of_memory, torch_device
+from sdprep.devices import FittingBatches, batch_on, is_out_of_memory, torch_device
 from sdprep.errors import DataError, UserError
 from sdprep.model_files import ModelFolder, fingerprint, model_folder
 
@@ -143,6 +143,11 @@ def test_batches_are_halved_until_they_fit(capsys):
     assert sizes[7:] == [2, 1]
     assert batches.run(work, []) == []
     assert capsys.readouterr().err.count("out of memory") == 2
+
+
+def test_a_cpu_takes_one_image_at_a_time_and_a_gpu_all():
+    assert [batch_on(name, 8) for name in ("cpu", "cuda", "cuda:1", "mps")] == [1, 8, 8, 8]
+    assert batch_on("cuda", 0) == 1
 
 
 def test_what_is_too_little_memory_and_what_is_not():

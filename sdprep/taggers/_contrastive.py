@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sdprep.clip_tokens import clean_text
+from sdprep.devices import batch_on
 from sdprep.errors import DataError, UserError
 from sdprep.model_files import ModelFolder
 
@@ -99,10 +100,15 @@ class ContrastiveModel:
         """(B, D) float32 of unit length."""
         import torch
 
+        found = []
+        size = batch_on(self.device, len(images))
         with torch.inference_mode():
-            pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-            found = self.model.get_image_features(pixel_values=pixels.to(self.device))
-            return _unit(_tensor(found).float().cpu().numpy())
+            for start in range(0, len(images), size):
+                part = list(images[start : start + size])
+                pixels = self.processor(images=part, return_tensors="pt")["pixel_values"]
+                features = self.model.get_image_features(pixel_values=pixels.to(self.device))
+                found.append(_tensor(features).float().cpu().numpy())
+        return _unit(np.concatenate(found))
 
     def text_embedding(self, texts: Sequence[str]) -> np.ndarray:
         """(D,) float32 of unit length: the mean direction of all ways to say it.

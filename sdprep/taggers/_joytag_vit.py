@@ -148,8 +148,12 @@ class JoyTagViT:
         self.weights = {name: tensor.float() for name, tensor in given.items()}
 
     def to(self, device: str) -> JoyTagViT:
-        """Move all tensors."""
-        self.weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
+        """Move all tensors.
+
+        They are copied even where they are there already: a file's tensors lie at any address, and
+        the last bits of a product depend on how its factors are aligned.
+        """
+        self.weights = {name: tensor.to(device, copy=True) for name, tensor in self.weights.items()}
         return self
 
     def logits(self, pixels: Tensor) -> Tensor:

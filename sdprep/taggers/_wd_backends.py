@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sdprep.console import say, warn
-from sdprep.devices import torch_device
+from sdprep.devices import batch_on, torch_device
 from sdprep.errors import DataError, MissingExtraError, UserError
 from sdprep.model_files import ModelFolder
 
@@ -68,6 +68,7 @@ class OnnxBackend:
         self.side_px: int = shape[1]
         self.name = inputs[0].name
         self.fixed = shape[0] if isinstance(shape[0], int) else None
+        self.device = "cpu" if self.session.get_providers()[0] == providers[-1] else "cuda"
         self.path = path
 
     @staticmethod
@@ -82,7 +83,7 @@ class OnnxBackend:
 
     def probabilities(self, bgr: np.ndarray) -> np.ndarray:
         """As `Backend` says; the graph ends in a sigmoid of its own."""
-        size = self.fixed or len(bgr)
+        size = self.fixed or batch_on(self.device, len(bgr))
         parts = [self._run(bgr[start : start + size], size) for start in range(0, len(bgr), size)]
         found = np.concatenate(parts)
         if found.shape != (len(bgr), self.num_tags):
@@ -193,9 +194,13 @@ class TimmBackend:
         """As `Backend` says."""
         import torch
 
+        size = batch_on(self.device, len(bgr))
         with torch.inference_mode():
-            logits = self.model(normalised(bgr).to(self.device))
-            return logits.float().sigmoid().cpu().numpy()
+            logits = [
+                self.model(normalised(bgr[start : start + size]).to(self.device))
+                for start in range(0, len(bgr), size)
+            ]
+            return torch.cat(logits).float().sigmoid().cpu().numpy()
 
 
 def input_side(config: dict[str, Any], where: str) -> int:

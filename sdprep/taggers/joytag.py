@@ -10,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from sdprep.annotate import PixelNeeds, Sample
-from sdprep.devices import BatchSize, DeviceName, FittingBatches, torch_device
+from sdprep.devices import BatchSize, DeviceName, FittingBatches, batch_on, torch_device
 from sdprep.errors import DataError
 from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
 from sdprep.recipe import AnnotatorConfig
@@ -79,10 +79,16 @@ class JoyTagTagger:
             weights = self.folder.read_weights()
             model = JoyTagViT(self.vit_config, weights, str(self.folder.path / FILES[1]))
             self._model = model.to(self.device)
-        pixels = np.stack([pixels_of(image, self.vit_config.image_size) for image in images])
-        with torch.inference_mode():
-            logits = self._model.logits(torch.from_numpy(pixels).to(self.device))
-            return logits.sigmoid().cpu().numpy()
+        found = []
+        size = batch_on(self.device, len(images))
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            pixels = np.stack([pixels_of(image, self.vit_config.image_size) for image in part])
+            with torch.inference_mode():
+                inputs = torch.from_numpy(pixels).to(self.device, copy=True)  # aligned, too
+                logits = self._model.logits(inputs)
+                found.append(logits.sigmoid().cpu().numpy())
+        return np.concatenate(found)
 
 
 def pixels_of(image: Image.Image, side_px: int) -> np.ndarray:
