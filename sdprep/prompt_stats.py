@@ -10,7 +10,7 @@ from typing import Any
 from sdprep.clip_tokens import TOKENS_PER_CHUNK
 from sdprep.prompts import PromptPolicy, PromptRecord, RenderedPrompt, render_prompt
 
-REFERENCE = {
+REFERENCE: dict[str, dict[str, float]] = {
     "tokens_by_tags": {"8": 21, "16": 40, "32": 62, "64": 84},
     "v1_chunk_shares": {"1": 0.09, "2": 0.66, "3": 0.25},
 }
