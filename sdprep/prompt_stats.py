@@ -113,11 +113,11 @@ def target_tags(policy: PromptPolicy, num_tags: Iterable[int]) -> dict[int, floa
     law = policy.length
     if law.law not in ("truncated_normal", "clamped_normal", "all"):
         return None
-    shares: Counter[int] = Counter()
+    shares: dict[int, float] = {}
     totals = Counter(number for number in num_tags if number)
     for total, images in totals.items():
         for number, share in _law(policy, total).items():
-            shares[number] += share * images
+            shares[number] = shares.get(number, 0.0) + share * images
     whole = sum(totals.values())
     return {number: share / whole for number, share in sorted(shares.items())} if whole else {}
 
