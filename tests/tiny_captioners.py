@@ -176,3 +176,46 @@ def save_tiny_florence(folder: Path) -> Path:
     images.image_seq_length = 5  # four cells of 32 px and their mean
     Florence2Processor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
     return folder
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """A language model of two layers, in the layout of TIPO's."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    lines = [
+        *[
+            "meta",
+            "rating",
+            "artist",
+            "characters",
+            "copyrights",
+            "quality",
+            "target",
+            "tag",
+            "long",
+        ],
+        "\n",
+    ]
+    words = {word: place for place, word in enumerate(dict.fromkeys([*_WORDS.split(), *lines]))}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[,:]| +"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.4,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -41,12 +41,15 @@ FILES = (
 )
 
 
+PIXELS = PixelNeeds(columns=("tags",))
+
+
 @dataclass(frozen=True)
 class Request:
     """One caption that is wanted."""
 
     id: str
-    image: Image.Image
+    image: Image.Image | None  # None where the captioner reads no pixels
     template: int
     prompt: str | None
     seed: int
@@ -72,7 +75,6 @@ class ModelCaptioner:
     """Draws prompts, runs a model in batches that fit, and asks again where it wrote rubbish."""
 
     columns = CAPTION_COLUMNS
-    pixels = PixelNeeds(columns=("tags",))
     is_thread_safe = False
 
     def __init__(
@@ -83,6 +85,7 @@ class ModelCaptioner:
         seed: int,
         draw: Callable[[Sample], tuple[int, str | None]],
         load: Callable[[], Writer],
+        pixels: PixelNeeds = PIXELS,
     ) -> None:
         """Nothing is loaded before the first batch.
 
@@ -91,7 +94,7 @@ class ModelCaptioner:
             draw: number of the template and prompt of an image; a DataError fails that image.
             load: makes the writer.
         """
-        self.fingerprint, self.batch_size = fingerprint, batch_size
+        self.fingerprint, self.batch_size, self.pixels = fingerprint, batch_size, pixels
         self._seed, self._draw, self._load = seed, draw, load
         self._batches = FittingBatches(who)
         self._writer: Writer | None = None
@@ -121,7 +124,6 @@ class ModelCaptioner:
         return pa.RecordBatch.from_pylist([rows[sample.id] for sample in batch], schema=COLUMNS)
 
     def _request(self, sample: Sample) -> Request:
-        assert sample.image is not None
         template, prompt = self._draw(sample)
         seed = seed_of_try(self._seed, sample.attempt, again=False)
         return Request(sample.id, sample.image, template, prompt, seed)
@@ -147,7 +149,15 @@ class KeyedSampler:
     is in the batch.
     """
 
-    def __init__(self, requests: Sequence[Request], temperature: float, top_p: float) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        temperature: float,
+        top_p: float,
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> None:
+        self.top_k, self.min_p = top_k, min_p
         self.keys = [(request.seed, request.id, request.template) for request in requests]
         self.temperature, self.top_p = temperature, top_p
         self.first_length: int | None = None
@@ -162,7 +172,8 @@ class KeyedSampler:
         if self.first_length is None:
             self.first_length = input_ids.shape[1]
         step = input_ids.shape[1] - self.first_length
-        kept = nucleus(scores.float() / self.temperature, self.top_p)
+        kept = likeliest(scores.float() / self.temperature, self.top_k, 0)
+        kept = likeliest(nucleus(kept, self.top_p), 0, self.min_p)
         draws = [
             rng_for(seed, "caption", id_, template, step).random(kept.shape[1], dtype=np.float32)
             for seed, id_, template in self.keys
@@ -170,6 +181,21 @@ class KeyedSampler:
         uniform = torch.from_numpy(np.stack(draws)).to(kept.device)
         tiny = 2.0**-25  # half a step of the draws: no noise is infinite
         return kept - torch.log(-torch.log(uniform + tiny))
+
+
+def likeliest(logits: Tensor, top_k: int, min_p: float) -> Tensor:
+    """Logits with all but the `top_k` best, and those above `min_p` of the best's share, at -inf.
+
+    Either is off at 0.
+    """
+    if top_k and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if min_p:
+        shares = logits.softmax(dim=-1)
+        floor = min_p * shares.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(shares < floor, float("-inf"))
+    return logits
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -194,19 +220,27 @@ def dtype_of(precision: str, device: str) -> Any:
     return getattr(torch, precision)
 
 
-def load_model(folder: ModelFolder, device: str, precision: str) -> tuple[Any, Any]:
-    """An image-text-to-text model of transformers, ready to generate, and its processor.
+def load_model(
+    folder: ModelFolder, device: str, precision: str, *, sees: bool = True
+) -> tuple[Any, Any]:
+    """A model of transformers, ready to generate, and its processor.
+
+    Args:
+        sees: image-text-to-text; else a language model with its tokenizer.
 
     Raises:
         DataError: files are missing or do not fit each other.
         UserError: the processor needs a package that is not there.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    import transformers
 
+    kinds = ("AutoModelForImageTextToText", "AutoProcessor")
+    kinds = kinds if sees else ("AutoModelForCausalLM", "AutoTokenizer")
+    model_class, processor_class = (getattr(transformers, kind) for kind in kinds)
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
-        processor = AutoProcessor.from_pretrained(folder.path, **safe)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        processor = processor_class.from_pretrained(folder.path, **safe)
+        loaded: Any = model_class.from_pretrained(
             folder.path,
             use_safetensors=True,
             dtype=dtype_of(precision, device),
