@@ -40,7 +40,6 @@ class AttributesTagger:
     fingerprint = '{"name": "attributes", "version": 1}'
     batch_size = 16
     is_thread_safe = True
-    is_thread_safe = True
 
     def annotate(self, batch: Sequence[Sample]) -> pa.RecordBatch:
         """Tag each sample by itself."""
