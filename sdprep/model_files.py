@@ -161,9 +161,11 @@ def _fetched(model: str, revision: str | None, files: Sequence[str]) -> Path:
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub does not answer"
+        at = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"there is no folder {model}; model {wanted} is not in the Hub's cache, and {why}",
-            "Fetch it once with `hf download`, or name a folder that holds it.",
+            f"there is no folder {model}; model {wanted} is not in the Hub's cache "
+            f"({constants.HF_HUB_CACHE}), and {why}",
+            f"Fetch it once with: hf download {model}{at}   or name a folder that holds it.",
         ) from None
     except errors.HfHubHTTPError as error:
         raise UserError(f"model {wanted} cannot be fetched: {error}") from None
