@@ -120,11 +120,11 @@ _REFUSAL = re.compile(
 _BOILERPLATE = re.compile(
     r"^(?:the|this) (?:image|picture|photo|photograph|scene) "
     r"(?:shows?|depicts?|features?|captures?|presents?|portrays?|showcases?|displays?|contains?"
-    r"|is (?:of|a photo|an image|a picture|a photograph)|appears to)\b"
+    r"|is (?:of|an? (?:\w+ )?(?:photo|photograph|image|picture|illustration))|appears to)\b"
     r"|^in (?:the|this) (?:image|picture|photo|photograph),? (?:we|you|i|there)\b"
     r"|\boverall,? (?:the|this) (?:image|scene|picture|photo|photograph|composition|atmosphere)\b"
     r"|\bthere (?:is|are) no (?:visible |discernible |other )?(?:text|watermarks?|logos?)\b"
-    r"[^.]*\b(?:visible|present|in the image|in this image)\b"
+    r"[^.]{0,80}\b(?:visible|present|in the image|in this image)\b"
     r"|\bit(?:['’]s| is) (?:important|worth) (?:to note|noting)\b"
     r"|\bevok(?:es|ing) a sense of\b|\btestament to\b"
 )
@@ -240,8 +240,8 @@ _LANGUAGES = {
     "en": "the and with of is are on in a an at to that his her there has wearing",
     "de": "der die das und mit ein eine einer einem einen ist auf im dem den nicht sich vor steht",
     "fr": "le la les et avec un une est dans sur des du au qui sont ses deux une d'un d'une",
-    "es": "el los las y con un una es en de del está están sobre que sus hay se por",
-    "it": "il gli e con un una è di del della nel che sono sul si due alla uno",
+    "es": "el la los las y con un una es en de del está están sobre que sus hay se por",
+    "it": "il la gli e con un una è di del della nel che sono sul si due alla uno",
     "pt": "o os as e com um uma é em de do da no na está são sobre dois ao",
     "nl": "de het en met een is op van in aan zijn die staat bij voor twee niet naar",
 }
@@ -255,7 +255,8 @@ def language_of(words: Sequence[str]) -> str | None:
     }
     first, second = sorted(counts, key=lambda name: -counts[name])[:2]
     is_clear = counts[first] >= 3 and counts[first] >= 1.5 * counts[second]
-    return first if is_clear else None
+    is_short = counts[first] == 2 and counts["en"] == 0 and len(words) <= 8 and counts[second] < 2
+    return first if is_clear or is_short else None
 
 
 def foreign_language(words: Sequence[str], habits: Habits) -> str | None:

@@ -111,6 +111,7 @@ PLANTED: dict[str, list[Callable[[str], str]]] = {
     "language": [
         lambda text: "Ein Hund sitzt auf dem Rasen und eine Katze steht vor der Tür.",
         lambda text: "Le chien est assis sur la pelouse avec une balle et un chat.",
+        lambda text: "Un perro en la playa.",
     ],
     "length": [lambda text: "Dog.", lambda text: "A dog."],
     "word_list": [
@@ -125,7 +126,7 @@ def test_every_planted_fault_is_found_among_200_captions(human: dict[str, list[s
     texts = sorted(human["coco"], key=lambda text: integer("plant", text))[:200]
     faults = [(flag, plant) for flag, plants in PLANTED.items() for plant in plants]
     planted = {5 * at: fault for at, fault in enumerate(faults)}
-    assert len(planted) == len(faults) == 35
+    assert len(planted) == len(faults) == 36
     set_ = [planted[at][1](text) if at in planted else text for at, text in enumerate(texts)]
     habits = habits_of([Caption("text", text) for text in set_])
     assert habits.language == "en"
@@ -135,6 +136,18 @@ def test_every_planted_fault_is_found_among_200_captions(human: dict[str, list[s
             assert planted[at][0] in found, (planted[at][0], text, found)
     wrong = [t for at, t in enumerate(set_) if at not in planted and check_text(t, habits=habits)]
     assert len(wrong) <= 3, wrong
+
+
+def test_no_part_of_200_human_captions_is_flagged_by_its_habits(
+    human: dict[str, list[str]],
+) -> None:
+    shares = []
+    for start in range(0, 12_000, 200):
+        part = human["coco"][start : start + 200]
+        habits = habits_of([Caption("text", text) for text in part])
+        shares.append(sum(bool(check_text(text, habits=habits)) for text in part) / 200)
+    assert len(shares) == 60
+    assert max(shares) < 0.02
 
 
 def test_a_token_limit_counts_where_the_sentence_is_open() -> None:
