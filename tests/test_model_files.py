@@ -43,8 +43,10 @@ def test_a_model_of_the_hub_is_known_by_its_commit(hub_cache, revision):
 
 
 def test_a_model_that_is_nowhere_says_where_it_was_looked_for(hub_cache):
-    with pytest.raises(UserError, match="not in the Hub's cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match=r"not in the Hub's cache .*, and HF_HUB_OFFLINE is") as no:
         model_folder("someone/other", None, FILES)
+    assert str(hub_cache.parents[2]) in no.value.message
+    assert "hf download someone/other" in no.value.hint
     with pytest.raises(UserError, match=r"someone/tagger \(revision v2\)"):
         model_folder("someone/tagger", "v2", FILES)
     for name in ("no such folder", "../nowhere/at/all", "/nowhere", "C:\\models\\x", "joytag"):
