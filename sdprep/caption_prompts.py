@@ -8,7 +8,7 @@ from statistics import NormalDist
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from sdprep.errors import DataError
 from sdprep.recipe import Section
@@ -33,33 +33,36 @@ _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _SKIPPED = ("meta", "rating")  # categories of tags that say nothing of what is to be seen
 
 
+def _known_placeholders(value: str) -> str:
+    for name in _PLACEHOLDER.findall(value):
+        if name not in PLACEHOLDERS:
+            known = ", ".join(f"{{{each}}}" for each in PLACEHOLDERS)
+            raise ValueError(f"{{{name}}} is no placeholder; there are: {known}")
+    return value
+
+
 class Template(Section):
     """One way to ask for a caption."""
 
-    prompt: str = Field(
+    prompt: Annotated[str, AfterValidator(_known_placeholders)] = Field(
         min_length=1,
         max_length=8000,
         description="Text; {words}, {length} and {tags} are filled in for each image.",
     )
     weight: float = Field(1.0, gt=0, le=1e6, description="How often, relative to the others.")
 
-    @field_validator("prompt")
-    @classmethod
-    def _known_placeholders(cls, value: str) -> str:
-        for name in _PLACEHOLDER.findall(value):
-            if name not in PLACEHOLDERS:
-                known = ", ".join(f"{{{each}}}" for each in PLACEHOLDERS)
-                raise ValueError(f"{{{name}}} is no placeholder; there are: {known}")
-        return value
-
 
 Templates = Annotated[
-    tuple[Template, ...],
-    Field(min_length=1, description="Prompts to draw from; a list of {prompt, weight}."),
+    tuple[Template, ...] | None,
+    Field(
+        min_length=1,
+        description="Prompts to draw from, a list of {prompt, weight}; none: a mix of four styles.",
+    ),
 ]
 Prompt = Annotated[
-    str | None,
-    Field(min_length=1, description="The one prompt for all images, in place of `templates`."),
+    Annotated[str, Field(min_length=1, max_length=8000), AfterValidator(_known_placeholders)]
+    | None,
+    Field(description="The one prompt for all images, in place of `templates`."),
 ]
 Seed = Annotated[int, Field(ge=0, lt=2**31, description="Of all draws of this captioner.")]
 
@@ -85,9 +88,11 @@ def _reference_mix() -> tuple[Template, ...]:
 REFERENCE_MIX = _reference_mix()
 
 
-def templates_of(prompt: str | None, templates: Sequence[Template]) -> tuple[Template, ...]:
-    """The one prompt if there is one, else the templates."""
-    return (Template(prompt=prompt),) if prompt else tuple(templates)
+def templates_of(prompt: str | None, templates: Sequence[Template] | None) -> tuple[Template, ...]:
+    """The one prompt if there is one, else the templates, else the reference mix."""
+    if prompt:
+        return (Template(prompt=prompt),)
+    return REFERENCE_MIX if templates is None else tuple(templates)
 
 
 def draw_prompt(

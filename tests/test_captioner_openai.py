@@ -248,5 +248,6 @@ def test_tags_fill_the_prompt_and_are_needed_where_it_wants_them() -> None:
     assert {draw_prompt(both, 0, str(n), {})[0] for n in range(20)} == {1}
     assert {draw_prompt(both, 0, str(n), row)[0] for n in range(20)} == {0, 1}
     assert draw_prompt([Template(prompt='Give {"a": 1}')], 0, "a", {})[1] == 'Give {"a": 1}'
-    with pytest.raises(ValueError, match="no placeholder"):
-        Template(prompt="{colour}")
+    for setting in ("prompt={colour} car", 'templates=[{prompt="a {colour} car"}]'):
+        with pytest.raises(RecipeError, match="no placeholder"):
+            options(Config, [setting, "model=m"])

@@ -18,7 +18,6 @@ from sdprep.annotate import PixelNeeds, Sample
 from sdprep.caption_monitors import malformed
 from sdprep.caption_prompts import (
     CAPTION_COLUMNS,
-    REFERENCE_MIX,
     Prompt,
     Seed,
     Template,
@@ -53,7 +52,7 @@ class Config(AnnotatorConfig):
         description="Environment variable that holds the API key; the key itself goes nowhere.",
     )
     prompt: Prompt = None
-    templates: Templates = REFERENCE_MIX
+    templates: Templates = None
     system: str | None = Field(None, description="System prompt; none: none is sent.")
     seed: Seed = 0
     temperature: float = Field(0.6, ge=0, le=5, description="Of the sampling; 0 is greedy.")

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from sdprep.annotate import Sample
 from sdprep.caption_prompts import (
-    REFERENCE_MIX,
     Prompt,
     Seed,
     Templates,
@@ -45,7 +44,7 @@ class Config(AnnotatorConfig):
     model: ModelName
     revision: Revision = None
     prompt: Prompt = None
-    templates: Templates = REFERENCE_MIX
+    templates: Templates = None
     system: str | None = Field(None, min_length=1, description="System prompt; none: none.")
     seed: Seed = 0
     temperature: Temperature = 0.6
