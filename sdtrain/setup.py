@@ -121,7 +121,7 @@ class Setup:
 
     def schedule(self) -> Schedule:
         """The recipe's schedule over the whole run."""
-        return self.recipe.schedule.build(self.total_samples)
+        return self.recipe.schedule.build(self.total_samples, self.recipe.data.batch_size)
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""

@@ -16,6 +16,6 @@ class Config(Section):
     type: Literal["constant"] = "constant"
     warmup_samples: int = Field(0, ge=0, description="Samples over which the rate rises.")
 
-    def build(self, total_samples: int) -> Schedule:
+    def build(self, total_samples: int, batch_size: int = 1) -> Schedule:
         """The schedule of a run of `total_samples`."""
         return with_warmup(lambda progress: 1.0, self.warmup_samples, total_samples)

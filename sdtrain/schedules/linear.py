@@ -19,7 +19,7 @@ class Config(Section):
         0.0, ge=0, le=1, description="Share of the full rate that is left at the end of the run."
     )
 
-    def build(self, total_samples: int) -> Schedule:
+    def build(self, total_samples: int, batch_size: int = 1) -> Schedule:
         """The schedule of a run of `total_samples`."""
 
         def after(progress: float) -> float:
