@@ -76,7 +76,7 @@ def _work(
     for config in recipe.source:
         source = config.build()
         work.append(("ingest", partial(ingest_stage, table, source, storage=recipe.storage)))
-    jobs = recipe.annotators()
+    jobs = [(kind, name, _seeded(each, recipe.seed)) for kind, name, each in recipe.annotators()]
     if jobs:
         work.append(("annotate", lambda: {"annotators": annotate_stage(table, jobs)}))
     if recipe.tags is not None or recipe.tag or recipe.caption:
@@ -96,7 +96,7 @@ def _work(
 
 def _seeded(config: Any, seed: int) -> Any:
     """A section with the recipe's seed, unless it has its own."""
-    if "seed" in type(config).model_fields and config.seed is None:
+    if "seed" in type(config).model_fields and "seed" not in config.model_fields_set:
         return config.model_copy(update={"seed": seed})
     return config
 

@@ -151,3 +151,15 @@ def test_from_stage_leaves_earlier_stages_out(undisturbed: Path) -> None:
     )
     assert done.returncode == 2
     assert "Did you mean split?" in done.stderr
+
+
+def test_every_section_takes_the_recipes_seed_unless_it_has_its_own(tmp_path: Path) -> None:
+    from sdprep.pipeline import _seeded
+    from sdprep.plugins import config_for
+    from sdprep.split import SplitConfig
+
+    captioner = config_for("captioner", "blip")
+    assert _seeded(captioner(), 7).seed == 7
+    assert _seeded(captioner(seed=0), 7).seed == 0
+    assert _seeded(SplitConfig(), 7).seed == 7
+    assert _seeded(SplitConfig(seed=3), 7).seed == 3
