@@ -44,6 +44,7 @@ class Batch:
         noise: (B, C, h, w) float32, keyed per sample and drawn on the CPU.
         u: (B,) float64 in [0, 1), the noise level; it stays on the CPU, where looking up tables
             never makes the device wait.
+        mask: (B, 1, h, w) float32 in 0..1, what each latent counts in the loss; None: all alike.
     """
 
     ids: list[str]
@@ -53,6 +54,7 @@ class Batch:
     micro: list[MicroConditioning]
     noise: Tensor
     u: Tensor
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -64,6 +66,9 @@ class Batch:
             "noise": len(self.noise),
             "u": len(self.u),
         }
+        if self.mask is not None:
+            counts["mask"] = len(self.mask)
+            assert self.mask.dtype == torch.float32, f"mask must be float32, not {self.mask.dtype}"
         assert len(set(counts.values())) == 1, f"parts of a batch differ in length: {counts}"
         assert self.u.dtype == torch.float64, f"u must be float64, not {self.u.dtype}"
         assert self.noise.dtype == torch.float32, f"noise must be float32, not {self.noise.dtype}"
@@ -71,10 +76,18 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def is_masked_out(self) -> list[bool]:
+        """(B) whether the mask leaves nothing of the sample; ask while the batch is on the CPU."""
+        if self.mask is None:
+            return [False] * len(self)
+        return (self.mask.flatten(1) == 0).all(1).tolist()
+
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with pixels and noise on `device`, copied without waiting."""
+        """The same batch with pixels, noise and mask on `device`, copied without waiting."""
         return replace(
             self,
             pixels=self.pixels.to(device, non_blocking=True),
             noise=self.noise.to(device, non_blocking=True),
+            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
         )

@@ -95,6 +95,19 @@ def _data(setup: Setup) -> dict[str, Any]:
         "in_both_splits": shared,
         "notes": data.notes,
         "policy": data.policy.model_dump(mode="json", by_alias=True),
+        "masks": _masks(setup),
+    }
+
+
+def _masks(setup: Setup) -> dict[str, Any] | None:
+    """Which training rows have boxes of the labels that are masked; None if none are."""
+    if setup.boxes is None:
+        return None
+    return {
+        "boxes": list(setup.recipe.mask.boxes),
+        "weight": setup.recipe.mask.weight,
+        "rows": setup.boxes.rows_masked,
+        "rows_by_label": setup.boxes.rows_by_label,
     }
 
 

@@ -55,7 +55,17 @@ def _data(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"images in both splits: {data['in_both_splits']}")
     else:
         lines.append("WARNING: no validation split; only the training images can be evaluated")
-    return [*lines, *data["notes"]]
+    return [*lines, *_masks(data["masks"]), *data["notes"]]
+
+
+def _masks(masks: Mapping[str, Any] | None) -> list[str]:
+    if masks is None:
+        return []
+    labels = ", ".join(f"{label} {rows:,}" for label, rows in masks["rows_by_label"].items())
+    return [
+        f"masks: {masks['rows']:,} rows of train have boxes of {', '.join(masks['boxes'])}, which "
+        f"count {masks['weight']:g} in the loss; rows by label: {labels}"
+    ]
 
 
 def _buckets(table: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -48,6 +48,10 @@ class Rows(Protocol):
         """What `render_prompt` needs to know of some rows."""
         ...
 
+    def boxes(self, rows: Sequence[int]) -> list[list[dict[str, Any]]]:
+        """`schema.BOX` of some rows; none where the data set has none."""
+        ...
+
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one row.
 
@@ -80,12 +84,15 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)
 
 
-def open_data(section: DataSection, prompt: PromptPolicy) -> TrainingData:
+def open_data(
+    section: DataSection, prompt: PromptPolicy, *, with_boxes: bool = False
+) -> TrainingData:
     """Open a data set.
 
     Args:
         section: the recipe's `[data]`.
         prompt: the recipe's `[prompt]`; what it sets wins over the data set's policy.
+        with_boxes: whether `Rows.boxes` will be asked; reading them takes memory.
 
     Raises:
         DataError: it is missing, of an unknown schema version, or has no pictures or texts.
@@ -94,7 +101,7 @@ def open_data(section: DataSection, prompt: PromptPolicy) -> TrainingData:
 
     path = Path(section.path)
     if path.suffix == ".lance" and (path / "_versions").is_dir() and table_data.is_curated(path):
-        splits = table_data.open_table(path)
+        splits = table_data.open_table(path, with_boxes=with_boxes)
         policy, origin, manifest = PromptPolicy(), f"curated table {path}", None
     else:
         manifest = hub_data.manifest(section)

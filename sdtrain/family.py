@@ -19,7 +19,7 @@ Conditioning = Any
 Precision = str  # "no", "bf16" or "fp16": the autocast dtype of every trained or evaluated forward
 
 Loss = Callable[..., Tensor]
-"""`loss(prediction, target, *, u, logsnr)` -> (B,) float32. See `losses/`."""
+"""`loss(prediction, target, *, u, logsnr, mask=None)` -> (B,) float32. See `losses/`."""
 
 
 class Family(Protocol):

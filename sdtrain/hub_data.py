@@ -46,6 +46,8 @@ class HubRows:
         self._pictures = dataset.select_columns([image_column])
         names = [caption_column] if caption_column else _record_columns(dataset)
         self._text = dataset.select_columns(names).with_format("arrow")
+        has_boxes = caption_column is None and "boxes" in dataset.features
+        self._boxes = dataset.select_columns(["boxes"]).with_format("arrow") if has_boxes else None
         self.ids: list[str] = []
         self.sizes_hw = np.zeros((len(dataset), 2), np.int64)
         self.refused: dict[int, str] = {}
@@ -60,6 +62,12 @@ class HubRows:
             return found
         texts = (record[self._caption_column] for record in found)
         return [_record(self.ids[row], text) for row, text in zip(rows, texts, strict=True)]
+
+    def boxes(self, rows: Sequence[int]) -> list[list[dict[str, Any]]]:
+        """What detectors found on some rows of a prepared set; other sets have none."""
+        if self._boxes is None or not len(rows):
+            return [[] for _ in rows]
+        return [boxes or [] for boxes in self._boxes[list(rows)]["boxes"].to_pylist()]
 
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one row."""

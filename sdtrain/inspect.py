@@ -9,6 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from sdtrain.batch import Batch
 from sdtrain.loader import MicroBatch, load
 from sdtrain.pixels import picture_of
@@ -74,6 +77,7 @@ def _forward(
             "visit": slot.visit,
             "picture": f"{name}.png",
             "through_vae": f"{name}-vae.png",
+            **_mask(batch, at, to / f"{name}-mask.png"),
             "prompt": slot.text.prompt,
             "dropped": slot.text.is_dropped,
             "chunks": slot.text.num_chunks,
@@ -82,6 +86,16 @@ def _forward(
             "u": float(batch.u[at]),
             "timestep": times[at],
         }
+
+
+def _mask(batch: Batch, at: int, path: Path) -> dict[str, Any]:
+    """The loss mask of one sample as a picture of the crop's size: white counts, black does not."""
+    if batch.mask is None:
+        return {}
+    height, width = batch.micro[at].target_size_hw
+    grey = (batch.mask[at, 0] * 255).round().to(torch.uint8).numpy()
+    Image.fromarray(grey, "L").resize((width, height), Image.Resampling.NEAREST).save(path)
+    return {"mask": path.name, "mask_mean": float(batch.mask[at].mean())}
 
 
 def _page(setup: Setup, samples: list[dict[str, Any]]) -> str:
@@ -109,8 +123,12 @@ def _card(sample: dict[str, Any]) -> str:
         prompt = f"<p>{escape(sample['prompt'])}</p>"
     shown = ("id", "visit", "bucket", "chunks", "time_ids", "timestep", "u", "forward")
     cells = "".join(f"<tr><td>{key}</td><td>{escape(str(sample[key]))}</td></tr>" for key in shown)
+    mask = ""
+    if "mask" in sample:
+        mask = f'<img src="{sample["mask"]}" alt="loss mask: white counts">'
+        mask += f"<p>of the loss counts {sample['mask_mean']:.1%}</p>"
     return (
         f'<article><img src="{sample["picture"]}" alt="after the crop"> '
         f'<img src="{sample["through_vae"]}" alt="through the VAE">'
-        f"{prompt}<table>{cells}</table></article>"
+        f"{mask}{prompt}<table>{cells}</table></article>"
     )

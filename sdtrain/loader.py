@@ -7,21 +7,23 @@ worker loads it, or when.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from sdprep.errors import DataError, UserError
-from sdtrain.batch import Batch
+from sdtrain.batch import Batch, MicroConditioning
 from sdtrain.buckets import Slot, Step, micro_batches
 from sdtrain.noise import independent_u, noise_for, stratified_u
-from sdtrain.pixels import training_view
+from sdtrain.pixels import training_crop, training_view
 
 if TYPE_CHECKING:
     from sdtrain.dataset import Rows
     from sdtrain.family import Family
+    from sdtrain.loss_masks import LossMasks
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,19 @@ class BatchReader:
         seed: the run's seed.
         latent_shape: channels, and pixels per latent along a side.
         flip_prob: probability of a mirrored image.
+        masks: what of the pictures counts less; None: batches have no mask.
     """
 
     def __init__(
-        self, rows: Rows, *, seed: int, latent_shape: tuple[int, int], flip_prob: float
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        latent_shape: tuple[int, int],
+        flip_prob: float,
+        masks: LossMasks | None = None,
     ) -> None:
-        self._rows, self._seed, self._flip_prob = rows, seed, flip_prob
+        self._rows, self._seed, self._flip_prob, self._masks = rows, seed, flip_prob, masks
         self._channels, self._scale = latent_shape
 
     def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, Batch] | Failure:
@@ -80,7 +89,7 @@ class BatchReader:
         """The tensors of some slots of one bucket, as training sees them.
 
         Raises:
-            DataError: a picture does not decode; names it.
+            DataError: a picture does not decode, or has another size than its masked row; names it.
         """
         views = [self._view(slot) for slot in slots]
         height, width = slots[0].bucket.size_hw
@@ -94,7 +103,35 @@ class BatchReader:
             micro=[micro for _, micro in views],
             noise=torch.stack(noise),
             u=torch.tensor(list(u), dtype=torch.float64),
+            mask=self._mask(slots, [micro for _, micro in views]),
         )
+
+    def num_left(self, slots: Sequence[Slot]) -> int:
+        """How many of some slots have a mask that leaves something of them; reads no picture."""
+        if self._masks is None or self._masks.weight:
+            return len(slots)
+        return sum(bool((self._weights(self._masks, slot) > 0).any()) for slot in slots)
+
+    def _mask(self, slots: Sequence[Slot], micro: Sequence[MicroConditioning]) -> Tensor | None:
+        if self._masks is None:
+            return None
+        for slot, seen in zip(slots, micro, strict=True):
+            promised = tuple(self._rows.sizes_hw[slot.row].tolist())
+            if promised != seen.original_size_hw:  # the boxes would lie elsewhere
+                raise DataError(
+                    f"image {slot.sample_id} has height and width {seen.original_size_hw}, its "
+                    f"row says {promised}",
+                    "The data set was changed after publishing; publish it again.",
+                )
+        return torch.stack([self._weights(self._masks, slot) for slot in slots])
+
+    def _weights(self, masks: LossMasks, slot: Slot) -> Tensor:
+        """(1, h, w) float32, through the very crop that the pixels get."""
+        height, width = (int(side) for side in self._rows.sizes_hw[slot.row])
+        key = (self._seed, slot.sample_id, slot.visit)
+        crop = training_crop((height, width), slot.bucket, key, self._flip_prob)
+        grid_hw = slot.bucket.height // self._scale, slot.bucket.width // self._scale
+        return masks.weights(self._rows, slot.row, slot.bucket, crop, grid_hw)
 
     def _view(self, slot: Slot) -> Any:
         image = self._rows.image(slot.row)

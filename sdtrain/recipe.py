@@ -12,6 +12,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from sdprep import plugins
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section, load_recipe
+from sdtrain.loss_masks import ALL_LABELS, LossMasks
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -59,6 +60,30 @@ class DataSection(Section):
         if self.max_aspect is not None and self.max_aspect < self.min_aspect:
             raise ValueError("max_aspect must not be below min_aspect")
         return self
+
+
+class MaskSection(Section):
+    """Parts of the pictures that count less in the training loss, such as watermarks."""
+
+    boxes: tuple[str, ...] = Field(
+        (), description='Labels whose boxes are masked, as ["watermark"]; ["*"]: all; empty: none.'
+    )
+    weight: Prob = Field(
+        0.0, description="What counts inside a box: 0 nothing, 1 as much as outside."
+    )
+
+    @field_validator("boxes", mode="after")
+    @classmethod
+    def _labels_make_sense(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value) or "" in value:
+            raise ValueError("each label needs a name and is named once")
+        if ALL_LABELS in value and len(value) > 1:
+            raise ValueError('"*" stands for all labels; leave out the others')
+        return value
+
+    def build(self) -> LossMasks | None:
+        """The masks; None where there are none."""
+        return LossMasks(self.boxes, self.weight) if self.boxes else None
 
 
 class Rule(Section):
@@ -212,6 +237,7 @@ class TrainRecipe(Section):
     output: Path = Field(description="Run folder.")
     model: ModelSection
     data: DataSection
+    mask: MaskSection = MaskSection()
     prompt: PromptPolicy = Field(
         PromptPolicy(), description="Overrides of the prompt policy that came with the data set."
     )

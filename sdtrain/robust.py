@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from sdtrain.loss_masks import mean_per_sample
+
 C_SCHEDULES = ("constant", "exponential", "snr")
 
 
@@ -31,13 +33,16 @@ def bend(schedule: str, c: float, *, u: Tensor, logsnr: Tensor) -> Tensor:
     return (1 - c) / (1 + noise_over_signal).square() + c
 
 
-def pseudo_huber(prediction: Tensor, target: Tensor, c: Tensor) -> Tensor:
+def pseudo_huber(
+    prediction: Tensor, target: Tensor, c: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Mean over everything but the batch of √(d²+c²) - c, d the difference.
 
     Args:
         prediction: (B, …).
         target: (B, …).
         c: (B,) > 0.
+        mask: how much each element counts, see `mean_per_sample`; None: all alike.
 
     Returns:
         (B,) float32.
@@ -46,4 +51,5 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: Tensor) -> Tensor:
     c = c.view(-1, 1)
     # Not √(d²+c²) - c itself: that loses all digits where d is small beside c.
     square = difference.square()
-    return (square / ((square + c.square()).sqrt() + c)).mean(1)
+    values = square / ((square + c.square()).sqrt() + c)
+    return mean_per_sample(values.view_as(prediction), mask)

@@ -45,6 +45,7 @@ class Run:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     fit: LossFit = field(default_factory=LossFit)
     skipped_in_a_row: int = 0
+    masked_out: int = 0
 
     def __post_init__(self) -> None:
         setup = self.setup
@@ -104,6 +105,7 @@ class Run:
             "optimizer": plain,
             "scaler": self.scaler.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
+            "masked_out": self.masked_out,
             "effort": self.effort,
             "loss_fit": self.fit.state(),
             "evaluations": self.evaluations,
@@ -123,6 +125,7 @@ class Run:
         self.samples_seen, self.step = snapshot.samples_seen, int(state["step"])
         self.effort, self.evaluations = dict(state["effort"]), list(state["evaluations"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        self.masked_out = int(state.get("masked_out", 0))  # absent from older checkpoints
         self.trained_start = {**self.trained_start, **state["trained_start"]}
         for path in self.setup.plan.frozen.keys() & snapshot.trained.keys():
             # Trained before, frozen now by an accepted change of the rules.

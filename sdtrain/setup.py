@@ -22,6 +22,7 @@ from sdtrain.family import Family, Loss
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.freezing import build_plan
 from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
+from sdtrain.loss_masks import BoxCensus, take_census
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule
 from sdtrain.weighting import Weighting
@@ -41,6 +42,7 @@ class Setup:
         start_hashes: hash of every base tensor as it was loaded, by canonical path.
         train: bucket of every training row, or why it is refused.
         validation: the same of the validation split; None if there is none.
+        boxes: what the loss masks of the training rows are made of; None if nothing is masked.
     """
 
     recipe: TrainRecipe
@@ -52,6 +54,7 @@ class Setup:
     start_hashes: dict[str, str]
     train: Assignment
     validation: Assignment | None
+    boxes: BoxCensus | None = None
 
     @cached_property
     def order(self) -> GlobalOrder:
@@ -107,6 +110,7 @@ class Setup:
             seed=self.recipe.seed,
             latent_shape=(self.family.latent_channels, self.family.vae_scale_factor),
             flip_prob=self.recipe.data.flip_prob,
+            masks=self.recipe.mask.build(),
         )
 
     def loss(self) -> Loss:
@@ -127,6 +131,10 @@ class Setup:
         """What must be the same for a checkpoint to be continued."""
         recipe = self.recipe.resolved()
         del recipe["prompt"]  # only the policy that results from it counts
+        if self.boxes is None:
+            del recipe["mask"]
+        else:
+            recipe["boxes_fingerprint"] = self.boxes.fingerprint
         return {
             **recipe,
             "prompt": self.data.policy.model_dump(mode="json", by_alias=True),
@@ -142,7 +150,8 @@ def open_setup(recipe: TrainRecipe) -> Setup:
         UserError: anything that cannot be used, said before any training.
     """
     device = pick_device(recipe.precision.device)
-    data = open_data(recipe.data, recipe.prompt)
+    masks = recipe.mask.build()
+    data = open_data(recipe.data, recipe.prompt, with_boxes=masks is not None)
     for note in data.notes:
         talk.print(f"data: {note}", markup=False, soft_wrap=True)
     family, adapter, hashes, plan = open_model(recipe, device)
@@ -153,7 +162,8 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     if data.validation is not None:
         validation = assign(data.validation, buckets, recipe.data.max_upscale)
         require_enough(validation, "validation", len(data.validation))
-    setup = Setup(recipe, device, data, family, adapter, plan, hashes, train, validation)
+    boxes = take_census(masks, data.train, train.kept.tolist()) if masks else None
+    setup = Setup(recipe, device, data, family, adapter, plan, hashes, train, validation, boxes)
     setup.weighting()
     setup.schedule()
     return setup

@@ -1,7 +1,7 @@
 """StableEval: only the model may move the number.
 
 The same images, prompts, noise and noise levels every time; always the unweighted mean squared
-error, uniform in u whatever training uses.
+error over the whole picture, uniform in u, whatever loss and masks training uses.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def denoising_loss(
 
     Args:
         family: the model; networks and batch are on one device.
-        batch: B samples of one bucket.
-        loss: (prediction, target, u, logsnr) to (B,).
+        batch: B samples of one bucket; its mask, if there is one, weighs the latents in the loss.
+        loss: (prediction, target, u, logsnr, mask) to (B,).
         latents: scaled clean latents (B, C, h, w) from a cache, else encoded from the pixels.
         conditioning: from a cache, else encoded from the prompts.
 
@@ -43,4 +43,4 @@ def denoising_loss(
         prediction = family.predict(noisy_latents, batch.u, conditioning, batch.micro)
     logsnr = family.logsnr(batch.u).to(device, non_blocking=True)
     u = batch.u.float().to(device, non_blocking=True)
-    return loss(prediction.float(), target, u=u, logsnr=logsnr)
+    return loss(prediction.float(), target, u=u, logsnr=logsnr, mask=batch.mask)

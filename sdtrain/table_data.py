@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from sdprep.table import PhotoTable
 
+BOXES = ".boxes"
+"""How the columns end that hold the list of one detector."""
+
 
 def is_curated(path: Path) -> bool:
     """Whether a .lance folder is a table of sdprep, not one split of a published data set."""
@@ -34,12 +37,13 @@ class TableRows:
 
     Args:
         path: the table; reopened in every process that reads pictures.
-        rows: id, width, height and the columns that prompts are made of.
+        rows: id, width, height, the columns that prompts are made of, and perhaps `boxes_*.boxes`.
     """
 
     def __init__(self, path: Path, rows: pa.Table) -> None:
         self._path = path
-        self._text = rows
+        boxes = [name for name in rows.column_names if name.endswith(BOXES)]
+        self._boxes, self._text = rows.select(boxes), rows.drop_columns(boxes)
         self._table: PhotoTable | None = None
         self.ids: list[str] = rows["id"].to_pylist()
         self.sizes_hw = np.stack([rows["height"].to_numpy(), rows["width"].to_numpy()], 1)
@@ -59,6 +63,13 @@ class TableRows:
         found = self._text.take(list(rows)).to_pylist() if len(rows) else []
         return [prompt_row(row, row.get("score")) for row in found]
 
+    def boxes(self, rows: Sequence[int]) -> list[list[dict[str, Any]]]:
+        """What all detectors found on some rows, one after the other."""
+        if not len(rows) or not self._boxes.num_columns:
+            return [[] for _ in rows]
+        found = self._boxes.take(list(rows)).to_pylist()
+        return [[box for boxes in row.values() for box in boxes or []] for row in found]
+
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one row."""
         from sdprep.table import PhotoTable
@@ -72,8 +83,8 @@ class TableRows:
             raise DataError(f"{self._path}: image {id_} does not decode: {error}") from error
 
 
-def open_table(path: Path) -> Splits:
-    """Open the kept rows of a table, by its own split.
+def open_table(path: Path, *, with_boxes: bool = False) -> Splits:
+    """Open the kept rows of a table, by its own split; with the boxes of detectors if asked.
 
     Raises:
         DataError: there is no such table.
@@ -87,7 +98,8 @@ def open_table(path: Path) -> Splits:
         name for name in ("caption", "captions", "tags", "split", "group_id") if table.has(name)
     ]
     ranks = [f"{score}.score"] if score else []
-    rows = table.kept(["id", "width", "height", "text", *also, *ranks])
+    boxes = _box_columns(table) if with_boxes else []
+    rows = table.kept(["id", "width", "height", "text", *also, *boxes, *ranks])
     if score:
         rows = rows.rename_columns([*rows.column_names[:-1], "score"])
     notes = [
@@ -105,6 +117,12 @@ def open_table(path: Path) -> Splits:
     if train is None:
         raise DataError(f"{path} has no kept image to train on", "See: sdprep status TABLE")
     return Splits(train, validation, str(table.version), notes)
+
+
+def _box_columns(table: PhotoTable) -> list[str]:
+    detected = [field for field in table.schema if field.name.startswith("boxes_")]
+    fields = [f.name for f in detected if f.type.get_field_index("boxes") >= 0]
+    return [f"{name}{BOXES}" for name in fields]
 
 
 def _split(path: Path, rows: pa.Table) -> TableRows | None:

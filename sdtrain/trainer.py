@@ -83,6 +83,8 @@ def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = 
                     stack.callback(tracker.close)
                 fit(run, trackers, stop)
             page.refresh(folder, is_last=True)
+        if run.masked_out:
+            say(f"{run.masked_out:,} samples lay whole inside masked boxes and did not count")
         if run.is_finished and not folder.model.exists():
             hand_over(run)
     newest = checkpoint.checkpoints(folder.checkpoints)[-1:]
@@ -177,7 +179,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     """One optimizer step: forwards, backwards, clip, check, update, and the clock.
 
     The loss is the sum over all samples of weight times loss, divided by their number, however
-    they are cut into micro-batches.
+    they are cut into micro-batches. Samples whose mask leaves nothing of them are in neither.
 
     Returns:
         the training line for the metrics.
@@ -193,9 +195,13 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
 
     positions: list[int] = []
     levels: list[float] = []
+    masked: list[bool] = []
     pieces: list[tuple[Tensor, Tensor]] = []
+    num_samples = 0
     for micro, batch in parts:
-        num_samples = len(micro.step.slots)
+        # Counted before the first backward, from the boxes alone. If none is left all losses are 0.
+        num_samples = num_samples or max(1, setup.reader().num_left(micro.step.slots))
+        masked += batch.is_masked_out
         batch = batch.to(setup.device)
         losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
         logsnr = setup.family.logsnr(batch.u)
@@ -211,22 +217,28 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     losses_by_slot = torch.cat([losses for losses, _ in pieces]).cpu()[order].double()
     weights_by_slot = torch.cat([weights for _, weights in pieces]).cpu()[order].double()
     levels_by_slot = [levels[at] for at in order.tolist()]
+    left = [slot for slot, at in enumerate(order.tolist()) if not masked[at]]
+    assert num_samples == max(1, len(left)), "masks and their count disagree"
     _check_losses(run, losses_by_slot, [slot.sample_id for slot in step.slots])
     grad_norm = _update(run, [slot.sample_id for slot in step.slots])
 
     run.samples_seen += len(step.slots)
     run.step += 1
+    run.masked_out += len(step.slots) - len(left)
     for name, lr in rates.items():
         run.effort[name] = run.effort.get(name, 0.0) + lr * math.sqrt(len(step.slots))
-    return {
+    line = {
         "kind": "train",
         "samples_seen": run.samples_seen,
         "step": run.step,
-        "loss": float((weights_by_slot * losses_by_slot).mean()),
-        "loss_debiased": run.fit.debiased(losses_by_slot.tolist(), levels_by_slot),
+        "loss": float((weights_by_slot * losses_by_slot)[left].mean()) if left else None,
+        "loss_debiased": run.fit.debiased(
+            losses_by_slot[left].tolist(), [levels_by_slot[slot] for slot in left]
+        ),
         "grad_norm": grad_norm,
         "lr": rates,
     }
+    return line if setup.boxes is None else {**line, "masked_out": len(step.slots) - len(left)}
 
 
 def _check_losses(run: Run, losses: Tensor, ids: Sequence[str]) -> None:

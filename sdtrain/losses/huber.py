@@ -24,9 +24,16 @@ class Config(Section):
     def build(self) -> Loss:
         """The loss."""
 
-        def huber(prediction: Tensor, target: Tensor, *, u: Tensor, logsnr: Tensor) -> Tensor:
+        def huber(
+            prediction: Tensor,
+            target: Tensor,
+            *,
+            u: Tensor,
+            logsnr: Tensor,
+            mask: Tensor | None = None,
+        ) -> Tensor:
             """Like the squared error for differences far below c. (B,) float32."""
             c = bend(self.schedule, self.c, u=u, logsnr=logsnr)
-            return 2 * c * pseudo_huber(prediction, target, c)
+            return 2 * c * pseudo_huber(prediction, target, c, mask)
 
         return huber

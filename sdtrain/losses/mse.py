@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sdprep.recipe import Section
 from sdtrain.family import Loss
+from sdtrain.loss_masks import mean_per_sample
 
 
 class Config(Section):
@@ -20,15 +21,18 @@ class Config(Section):
         return mse
 
 
-def mse(prediction: Tensor, target: Tensor, **level: Tensor) -> Tensor:
+def mse(
+    prediction: Tensor, target: Tensor, *, mask: Tensor | None = None, **level: Tensor
+) -> Tensor:
     """Mean over everything but the batch of the squared difference.
 
     Args:
         prediction: (B, …).
         target: (B, …).
+        mask: how much each element counts, see `mean_per_sample`; None: all alike.
         **level: u and logsnr, which this loss does not look at.
 
     Returns:
         (B,) float32.
     """
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+    return mean_per_sample((prediction.float() - target.float()).square(), mask)

@@ -24,9 +24,16 @@ class Config(Section):
     def build(self) -> Loss:
         """The loss."""
 
-        def smooth_l1(prediction: Tensor, target: Tensor, *, u: Tensor, logsnr: Tensor) -> Tensor:
+        def smooth_l1(
+            prediction: Tensor,
+            target: Tensor,
+            *,
+            u: Tensor,
+            logsnr: Tensor,
+            mask: Tensor | None = None,
+        ) -> Tensor:
             """Like twice the absolute error for differences far above c. (B,) float32."""
             c = bend(self.schedule, self.c, u=u, logsnr=logsnr)
-            return 2 * pseudo_huber(prediction, target, c)
+            return 2 * pseudo_huber(prediction, target, c, mask)
 
         return smooth_l1
