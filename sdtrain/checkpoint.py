@@ -70,11 +70,16 @@ def optimizer_state(
     """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
+    places: set[int] = set()
     for parameter, entries in optimizer.state.items():
         path = names[id(parameter)]
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{path}/{name}"] = value.detach().cpu().contiguous()
+                tensor = value.detach().cpu().contiguous()
+                if tensor.data_ptr() in places:  # safetensors refuses tensors that share memory
+                    tensor = tensor.clone()
+                places.add(tensor.data_ptr())
+                tensors[f"{path}/{name}"] = tensor
             else:
                 plain.setdefault(path, {})[name] = value
     groups = [
@@ -93,7 +98,8 @@ def restore_optimizer(
     """Put saved state into an optimizer made from the same rules.
 
     Parameters that the checkpoint does not know start fresh; that happens only after an accepted
-    change of the rules.
+    change of the rules. An optimizer that counts in its groups lists those keys in an attribute
+    `counted_keys`.
     """
     by_path: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
@@ -101,7 +107,7 @@ def restore_optimizer(
         by_path.setdefault(path, {})[name] = tensor
     for path, values in plain["values"].items():
         by_path.setdefault(path, {}).update(values)
-    current = optimizer.state_dict()
+    current, counted = optimizer.state_dict(), getattr(optimizer, "counted_keys", ())
     order = [p for group in optimizer.param_groups for p in group["params"]]
     paths = [names[id(parameter)] for parameter in order]
     current["state"] = {at: by_path[path] for at, path in enumerate(paths) if path in by_path}
@@ -109,7 +115,7 @@ def restore_optimizer(
     for group in current["param_groups"]:
         saved = saved_groups.get(group.get("name"), {})
         # Rates and settings come from the recipe; only what the optimizer itself counts is old.
-        group.update({k: v for k, v in saved.items() if k not in group})
+        group.update({k: v for k, v in saved.items() if k not in group or k in counted})
     optimizer.load_state_dict(current)
 
 
