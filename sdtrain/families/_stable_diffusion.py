@@ -34,6 +34,9 @@ class TextOptions(Section):
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None, description="What the network says; default: what the checkpoint's scheduler names."
     )
+    config: str | None = Field(
+        None, description="Diffusers folder with a single file's sizes; default: the usual ones."
+    )
     max_chunks: int = Field(3, ge=1, le=16, description="Chunks of 75 tokens kept of a prompt.")
     split: Split = Field("hard", description="Cut after 75 tokens, or behind the last comma.")
     chunk_convention: Convention = Field(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from sdtrain.batch import MicroConditioning
+from sdtrain.families._full_size import SD15
+from sdtrain.families._opening import open_model_files
 from sdtrain.families._stable_diffusion import StableDiffusion, TextOptions, only_length
 from sdtrain.families._tiny import TinySizes, write_tiny_folder
-from sdtrain.formats.diffusers import Folder, load_folder
+from sdtrain.formats.diffusers import Folder
 from sdtrain.text import TextConditioning, group_by_length
 
 PIPELINE = "StableDiffusionPipeline"
@@ -27,6 +29,7 @@ class Config(TextOptions):
     """Stable Diffusion 1.x."""
 
     type: Literal["sd15"] = "sd15"
+    pipeline: ClassVar[str] = PIPELINE
     clip_skip: int = Field(
         1, ge=1, le=12, description="Layer of the text encoder, from the end; 1: the last."
     )
@@ -39,13 +42,15 @@ class Config(TextOptions):
         device: str = "cpu",
         revision: str | None = None,
     ) -> StableDiffusion15:
-        """Load a diffusers folder or Hub id.
+        """Load a diffusers folder, Hub id or single file.
 
         Raises:
             UserError: there is no such folder, or it holds another kind of model.
             DataError: its weights are incomplete.
         """
-        folder = load_folder(path, PIPELINE, PARTS, revision=revision)
+        folder = open_model_files(
+            path, PIPELINE, PARTS, SD15, config=self.config, revision=revision
+        )
         family = StableDiffusion15(folder, self, precision)
         family.to(device)
         return family

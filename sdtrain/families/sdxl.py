@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from sdtrain.batch import MicroConditioning
+from sdtrain.families._full_size import SDXL
+from sdtrain.families._opening import open_model_files
 from sdtrain.families._stable_diffusion import StableDiffusion, TextOptions, only_length
 from sdtrain.families._tiny import TinySizes, write_tiny_folder
-from sdtrain.formats.diffusers import Folder, load_folder
+from sdtrain.formats.diffusers import Folder
 from sdtrain.text import TextConditioning, group_by_length
 
 PIPELINE = "StableDiffusionXLPipeline"
@@ -45,6 +47,7 @@ class Config(TextOptions):
     """Stable Diffusion XL."""
 
     type: Literal["sdxl"] = "sdxl"
+    pipeline: ClassVar[str] = PIPELINE
     uncond: Literal["empty", "zero"] = Field(
         "empty", description="What a dropped caption becomes: the empty prompt, or zeros."
     )
@@ -57,13 +60,15 @@ class Config(TextOptions):
         device: str = "cpu",
         revision: str | None = None,
     ) -> StableDiffusionXL:
-        """Load a diffusers folder or Hub id.
+        """Load a diffusers folder, Hub id or single file.
 
         Raises:
             UserError: there is no such folder, or it holds another kind of model.
             DataError: its weights are incomplete.
         """
-        folder = load_folder(path, PIPELINE, PARTS, revision=revision)
+        folder = open_model_files(
+            path, PIPELINE, PARTS, SDXL, config=self.config, revision=revision
+        )
         family = StableDiffusionXL(folder, self, precision)
         family.to(device)
         return family

@@ -52,9 +52,10 @@ class Folder:
             options["requires_safety_checker"] = False
         else:
             options["add_watermarker"] = False
-        scheduler = type(self.scheduler).from_config(
-            self.scheduler.config, prediction_type=prediction_type
-        )
+        wanted = {"prediction_type": prediction_type}
+        if self.scheduler.config.get("rescale_betas_zero_snr", False):
+            wanted["timestep_spacing"] = "trailing"  # else sampling never sees pure noise
+        scheduler = type(self.scheduler).from_config(self.scheduler.config, **wanted)
         made = getattr(diffusers, self.pipeline_class)(
             **self.networks, **self.tokenizers, scheduler=scheduler, **options
         )
@@ -136,20 +137,13 @@ def load_folder(
         networks[part] = _load_network(path, part, class_name, where)
         if part.startswith("text_encoder"):
             name = part.replace("text_encoder", "tokenizer")
-            tokenizers[name] = _load_tokenizer(path, name, where)
+            tokenizers[name] = load_tokenizer(path, name, where)
     options = {key: index[key] for key in ("force_zeros_for_empty_prompt",) if key in index}
-    return Folder(
-        pipeline_class, networks, tokenizers, _load_scheduler(path, index, where), options
-    )
+    return Folder(pipeline_class, networks, tokenizers, load_scheduler(path, index, where), options)
 
 
 def read_index(path: str, pipeline_class: str, revision: str | None = None) -> dict[str, Any]:
     """The `model_index.json` of a folder or Hub id, checked to be of the expected kind."""
-    if path.endswith((".safetensors", ".ckpt", ".bin")):
-        raise UserError(
-            f"model.path = {path!r} is a single file; this version reads diffusers folders",
-            "Convert it once: diffusers' from_single_file(…).save_pretrained(FOLDER).",
-        )
     local = Path(path) / "model_index.json"
     if not Path(path).is_dir():
         local = _download_index(path, revision)
@@ -163,6 +157,12 @@ def read_index(path: str, pipeline_class: str, revision: str | None = None) -> d
             "Set model.family to the family of that checkpoint.",
         )
     return index
+
+
+def read_class(path: Path) -> str:
+    """The pipeline that a diffusers folder on this machine is for."""
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    return str(index.get("_class_name"))
 
 
 def _download_index(path: str, revision: str | None) -> Path:
@@ -222,7 +222,12 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_tokenizer(path: str, name: str, where: Mapping[str, Any]) -> Any:
+def load_tokenizer(path: str, name: str, where: Mapping[str, Any]) -> Any:
+    """One tokenizer of a folder or Hub id.
+
+    Raises:
+        DataError: it is not there.
+    """
     from transformers import CLIPTokenizer
 
     try:
@@ -231,7 +236,12 @@ def _load_tokenizer(path: str, name: str, where: Mapping[str, Any]) -> Any:
         raise DataError(f"{path}: {name} cannot be loaded", str(error).splitlines()[0]) from None
 
 
-def _load_scheduler(path: str, index: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
+def load_scheduler(path: str, index: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
+    """The scheduler that a folder's or Hub id's index names.
+
+    Raises:
+        DataError: diffusers has no such class.
+    """
     import diffusers
 
     library, class_name = index["scheduler"]

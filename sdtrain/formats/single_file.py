@@ -1,0 +1,335 @@
+"""Single files of Stable Diffusion, as ComfyUI and A1111 read them: written and read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdprep.console import say, warn
+from sdprep.errors import DataError, UserError
+from sdtrain.formats import single_file_keys as keys
+from sdtrain.formats.diffusers import Folder
+from sdtrain.formats.modelspec import HASH, write_hash
+from sdtrain.paths import WRAPPERS, canonical_path, is_adapter
+
+ENDINGS = (".safetensors", ".ckpt", ".bin")
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NETWORKS = (keys.UNET, keys.VAE, keys.ONE_ENCODER, keys.FIRST_ENCODER, keys.SECOND_ENCODER)
+# Tensors of the original code that no network here needs.
+_OPTIONAL = ("position_ids", "logit_scale", "transformer.text_projection.weight")
+_SHOWN = 5
+
+
+def is_single_file(path: str) -> bool:
+    """Whether a model path names a single file and no folder or repository."""
+    return path.endswith(ENDINGS)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def single_file_tensors(
+    networks: Mapping[str, nn.Module], *, prediction_type: str, is_zero_snr: bool
+) -> dict[str, Tensor]:
+    """All tensors of a model under the names of a single file, in the networks' own precision.
+
+    Args:
+        networks: `unet`, `vae`, `text_encoder` and perhaps `text_encoder_2`, no adapter attached.
+        prediction_type: a file of `v_prediction` gets the empty tensor `v_pred`.
+        is_zero_snr: such a file gets `ztsnr` too, if the noise schedule ends without signal.
+    """
+    two = "text_encoder_2" in networks
+    made: dict[str, Tensor] = {}
+    for part, network in networks.items():
+        state = _canonical_state(part, network)
+        names = [path.removeprefix(f"{part}.") for path in state]
+        for entry in keys.entries(part, names, _config(network), two=two):
+            made[entry.key] = _join([state[source] for source in entry.sources], entry.layout)
+    first = keys.FIRST_ENCODER if two else keys.ONE_ENCODER
+    positions = len(made[f"{first}text_model.embeddings.position_embedding.weight"])
+    made[f"{first}text_model.embeddings.position_ids"] = torch.arange(positions)[None]
+    if two:
+        # Not used for images; OpenCLIP's loaders look for it. It was trained to its limit, ln 100.
+        made[f"{keys.SECOND_ENCODER}logit_scale"] = torch.tensor(math.log(100.0))
+    if prediction_type == "v_prediction":
+        made[V_MARKER] = torch.tensor([])
+        if is_zero_snr:
+            made[ZERO_SNR_MARKER] = torch.tensor([])
+    return made
+
+
+def _canonical_state(part: str, network: nn.Module) -> dict[str, Tensor]:
+    state = {
+        canonical_path(part, network, name): tensor.detach()
+        for name, tensor in network.state_dict().items()
+        if not name.endswith("position_ids")
+    }
+    live = [name for name in state if is_adapter(name)]
+    assert not live, f"{part} has an adapter attached: merge it before writing"
+    return state
+
+
+def _config(network: Any) -> Mapping[str, Any]:
+    inner = getattr(network, "_orig_mod", network)
+    config = getattr(inner, "module", inner).config
+    return config if isinstance(config, Mapping) else {}
+
+
+def _join(tensors: list[Tensor], layout: keys.Layout) -> Tensor:
+    if layout == "rows":
+        return torch.cat(tensors)
+    (tensor,) = tensors
+    if layout == "kernel":
+        return tensor[:, :, None, None]
+    return tensor.t().contiguous() if layout == "transposed" else tensor
+
+
+def write_single_file(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: Mapping[str, str]
+) -> Path:
+    """Write a single file whole or not at all.
+
+    Args:
+        path: the file to make.
+        tensors: of `single_file_tensors`.
+        dtype: of all floating-point tensors.
+        metadata: of `modelspec`; the hash of the tensors is filled in.
+
+    Raises:
+        DataError: a number does not fit the precision.
+    """
+    from safetensors.torch import save_file
+
+    made = {key: cast(key, tensor, dtype) for key, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.new")
+    save_file(made, str(scratch), metadata={"format": "pt", **metadata})
+    if HASH in metadata:
+        write_hash(scratch)
+    scratch.replace(path)
+    return path
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another precision, on the CPU and in a memory of its own.
+
+    Raises:
+        DataError: a finite number becomes infinite.
+    """
+    tensor = tensor.to("cpu")
+    if not tensor.is_floating_point():
+        return tensor.contiguous()
+    made = tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+    if torch.isinf(made).any() and not torch.isinf(tensor).any():
+        largest = float(tensor.abs().max())
+        raise DataError(
+            f"{name} holds {largest:g}, which is beyond {dtype}", "Choose --dtype bf16 or fp32."
+        )
+    return made
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a single file does not say about itself.
+
+    Args:
+        build: makes a part's network; called on the meta device.
+        tokenizers: by name.
+        scheduler: the noise schedule, before the file's markers.
+    """
+
+    build: Callable[[str], nn.Module]
+    tokenizers: dict[str, Any]
+    scheduler: Any
+
+
+def load_single_file(
+    path: Path, pipeline_class: str, parts: Mapping[str, str], blueprint: Blueprint
+) -> Folder:
+    """Load a single file in float32; averaged (EMA) weights beside the others are left alone.
+
+    Args:
+        path: the file.
+        pipeline_class: diffusers' name of the architecture.
+        parts: names of the networks.
+        blueprint: their sizes.
+
+    Raises:
+        UserError: there is no such file, or it holds another kind of model.
+        DataError: tensors are missing, unexpected or of another shape.
+    """
+    found, metadata = read_tensors(path)
+    tensors = {_normal(key): tensor for key, tensor in found.items()}
+    with torch.device("meta"):
+        networks = {part: blueprint.build(part) for part in parts}
+    two = "text_encoder_2" in parts
+    wanted: dict[str, keys.Entry] = {}
+    for part, network in networks.items():
+        names = [path.removeprefix(f"{part}.") for path in _canonical_state(part, network)]
+        wanted |= {e.key: e for e in keys.entries(part, names, _config(network), two=two)}
+    _refuse_other_names(path, tensors, wanted)
+    for part, network in networks.items():
+        _fill(path, part, network, tensors, wanted)
+    scheduler = _marked(blueprint.scheduler, tensors, metadata)
+    return Folder(pipeline_class, networks, dict(blueprint.tokenizers), scheduler, {})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; pickled ones are opened without running anything in them.
+
+    Raises:
+        UserError: there is no such file.
+        DataError: it is damaged, or holds more than tensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"there is no single file {path}", "Check model.path.")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), framework="pt") as file:
+                names = list(file.keys())
+                return {key: file.get_tensor(key) for key in names}, file.metadata() or {}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"{path} cannot be read", str(error).splitlines()[0]) from None
+    except Exception as error:  # torch names no class for what it will not unpickle
+        raise DataError(
+            f"{path} holds more than tensors and is not opened: {str(error).splitlines()[0]}",
+            "Convert it to .safetensors with a tool you trust.",
+        ) from None
+    content = content.get("state_dict", content)
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}, {}
+
+
+def _normal(key: str) -> str:
+    """A key without wrappers, and with the prefix of text encoders that some tools leave out."""
+    key = "." + key
+    for wrapper in WRAPPERS:
+        key = key.replace("." + wrapper, ".")
+    key = key[1:]
+    for prefix in (keys.ONE_ENCODER, keys.FIRST_ENCODER):
+        rest = key.removeprefix(prefix)
+        if rest != key and rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+            return f"{prefix}text_model.{rest}"
+    return key
+
+
+def _refuse_other_names(
+    path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, keys.Entry]
+) -> None:
+    missing = [key for key in wanted if key not in tensors]
+    others = [k for k in tensors if k not in wanted and not k.endswith(_OPTIONAL)]
+    unexpected = [key for key in others if key.startswith(_NETWORKS)]
+    if missing or unexpected:
+        raise DataError(
+            f"{path} does not fit this model; it looks like {looks_like(tensors)}",
+            f"missing {_some(missing)}; unexpected {_some(unexpected)}. "
+            "Set model.family to what it is; model.config names a folder with other sizes.",
+        )
+    averaged = [key for key in others if key.startswith("model_ema.")]
+    if averaged:
+        say(f"{len(averaged):,} averaged (EMA) tensors of the file are not used")
+    unused = [k for k in others if k not in averaged and k not in (V_MARKER, ZERO_SNR_MARKER)]
+    if unused:
+        warn(f"{path}: not used are {_some(unused)}")
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = ", …" if len(names) > _SHOWN else ""
+    return f"{len(names):,} ({', '.join(sorted(names)[:_SHOWN])}{more})"
+
+
+def looks_like(tensors: Mapping[str, Tensor]) -> str:
+    """What kind of file it is, by its names."""
+    kinds = (
+        ("lora", "a LoRA"),
+        (keys.SECOND_ENCODER, "Stable Diffusion XL (family sdxl)"),
+        ("conditioner.embedders.0.model.", "the refiner of Stable Diffusion XL"),
+        ("cond_stage_model.model.", "Stable Diffusion 2"),
+        (keys.ONE_ENCODER, "Stable Diffusion 1 (family sd15)"),
+        ("joint_blocks.", "Stable Diffusion 3"),
+        ("double_blocks.", "FLUX"),
+        ("down_blocks.", "a single network of a diffusers folder"),
+        (keys.UNET, "a UNet alone"),
+        (keys.VAE, "a VAE alone"),
+    )
+    for words, kind in kinds:
+        if any(words in key for key in tensors):
+            return kind
+    return "no kind of model that is known here"
+
+
+def _fill(
+    path: Path,
+    part: str,
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, keys.Entry],
+) -> None:
+    """Give a network of the meta device its weights.
+
+    Raises:
+        DataError: a shape differs.
+    """
+    live = {canonical_path(part, network, name): name for name in network.state_dict()}
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for key, entry in wanted.items():
+        if not entry.sources[0].startswith(f"{part}."):
+            continue
+        names = [live[source] for source in entry.sources]
+        pieces = _split(tensors[key], entry)
+        for name, piece in zip(names, pieces, strict=True):
+            if piece.numel() != shapes[name].numel() or piece.squeeze().shape != _bare(
+                shapes[name]
+            ):
+                raise DataError(
+                    f"{path}: {key} gives {tuple(piece.shape)}, {part} has {tuple(shapes[name])}",
+                    f"The file looks like {looks_like(tensors)}, but of other sizes.",
+                )
+            # A 1 by 1 convolution and a matrix are the same numbers; files have either.
+            whole = piece.to(torch.float32).reshape(shapes[name])
+            state[name] = whole.clone(memory_format=torch.contiguous_format)
+    network.load_state_dict(state, strict=True, assign=True)
+    for name, buffer in network.named_buffers():
+        assert name.endswith("position_ids"), f"{name} has no value"
+        place, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(place), leaf, torch.arange(buffer.shape[-1])[None])
+    network.eval().requires_grad_(False)
+
+
+def _bare(shape: torch.Size) -> torch.Size:
+    return torch.Size(side for side in shape if side != 1)
+
+
+def _split(tensor: Tensor, entry: keys.Entry) -> list[Tensor]:
+    """The pieces of one tensor of the file, in the order of the entry's sources."""
+    if entry.layout == "rows":
+        return list(tensor.chunk(len(entry.sources)))
+    return [tensor.t() if entry.layout == "transposed" else tensor]
+
+
+def _marked(scheduler: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
+    """The noise schedule with what the file says about prediction."""
+    is_v = V_MARKER in tensors or metadata.get("modelspec.prediction_type", "").startswith("v")
+    if not is_v:
+        if ZERO_SNR_MARKER in tensors:
+            warn("the file has ztsnr but not v_pred; zero-terminal SNR needs v-prediction: ignored")
+        return scheduler
+    options: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if ZERO_SNR_MARKER in tensors:
+        options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return type(scheduler).from_config(scheduler.config, **options)
