@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from sdprep.boxes import COLUMNS
 from sdprep.errors import DataError, RecipeError
 from sdprep.plugins import config_for
+from sdprep.prompt_policy import PromptPolicy
+from sdprep.schema import CORE
+from sdprep.table import PhotoTable
 from sdtrain.adapters.full import Full
 from sdtrain.batch import Batch
 from sdtrain.check import describe
 from sdtrain.check_text import check_text
+from sdtrain.dataset import open_data
 from sdtrain.freezing import Rule, build_plan
 from sdtrain.inspect import inspect
 from sdtrain.loss_masks import mean_per_sample
 from sdtrain.losses.mse import mse
-from sdtrain.recipe import load_train_recipe
+from sdtrain.recipe import DataSection, load_train_recipe
 from sdtrain.run import Run
 from sdtrain.run_folder import RunFolder
 from sdtrain.setup import Setup, open_setup
@@ -133,23 +139,29 @@ def test_a_weight_inside_and_other_labels(boxed: Path, train_recipe: Recipe) -> 
 
 
 def test_a_curated_table_has_boxes_of_all_detectors(tmp_path: Path) -> None:
-    import pyarrow as pa
-
-    from sdtrain.table_data import TableRows
-
-    rows = pa.table(
-        {
-            **{"id": ["a", "b"], "width": [8, 8], "height": [8, 8]},
-            "boxes_owlv2.boxes": [[box("watermark")], None],
-            "boxes_ocr.boxes": [[box("text")], []],
-        }
-    )
-    found = TableRows(tmp_path / "photos.lance", rows)
-    assert [[b["label"] for b in boxes] for boxes in found.boxes([1, 0])] == [
-        [],
-        ["watermark", "text"],
+    rows = [prepared_row(number) for number in range(2)]
+    ids = [row["id"] for row in rows]
+    core = [
+        {"id": row["id"], "width": row["width"], "height": row["height"]}
+        | {"image": row["image"]["bytes"], "format": "JPEG", "mode": "RGB", "frames": 1}
+        | {"exif_orientation": 1, "has_alpha": False, "text": {"caption": "a dog", "tags": []}}
+        | {"sources": [{"source": "photos", "key": f"{row['id']}.jpg"}]}
+        for row in rows
     ]
-    assert "boxes_ocr.boxes" not in found._text.column_names
+    table = PhotoTable.open(tmp_path / "photos.lance", create=True)
+    with table.writer():
+        table.add_images(pa.Table.from_pylist(core, schema=CORE))
+        for name, found in (
+            ("boxes_owlv2", [{"boxes": [box("watermark")]}, None]),
+            ("boxes_ocr", [{"boxes": [box("text")]}, {"boxes": []}]),
+        ):
+            table.ensure_annotator(name, COLUMNS, "some fingerprint")
+            table.update_rows(ids, {name: pa.array(found, table.schema.field(name).type)})
+    section = DataSection(path=str(table.path))
+    train = open_data(section, PromptPolicy(), with_boxes=True).train
+    labels = [[b["label"] for b in boxes] for boxes in train.boxes([1, 0])]
+    assert [sorted(found) for found in labels] == [[], ["text", "watermark"]]
+    assert train.records([0]) == open_data(section, PromptPolicy()).train.records([0])
 
 
 # --- what a mask does -----------------------------------------------------------------------------
