@@ -259,6 +259,15 @@ class TrainRecipe(Section):
             raise ValueError("must name a folder of its own, such as runs/first")
         return value
 
+    @model_validator(mode="after")
+    def _schedule_suits_optimizer(self) -> TrainRecipe:
+        if self.schedule.type in getattr(self.optimizer, "refuses_schedules", ()):
+            raise ValueError(
+                f"optimizer {self.optimizer.type} cannot go with schedule {self.schedule.type}; "
+                "take another of the two"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """Every option with its value, as JSON and TOML can hold it.
 

@@ -237,8 +237,16 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         ),
         "grad_norm": grad_norm,
         "lr": rates,
+        **_found_rates(run.optimizer),
     }
     return line if setup.boxes is None else {**line, "masked_out": len(step.slots) - len(left)}
+
+
+def _found_rates(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
+    """`lr_times_d` by group, for optimizers that find the size d of their steps themselves."""
+    groups = [group for group in optimizer.param_groups if "d" in group]
+    rates = {group["name"]: float(group["lr"] * group["d"]) for group in groups}
+    return {"lr_times_d": rates} if rates else {}
 
 
 def _check_losses(run: Run, losses: Tensor, ids: Sequence[str]) -> None:

@@ -17,6 +17,8 @@ from sdprep.recipe import options
 from sdtrain import checkpoint
 from sdtrain.adapters.full import Full
 from sdtrain.freezing import Rule, build_plan
+from sdtrain.recipe import TrainRecipe
+from sdtrain.trainer import _found_rates
 from tests.tiny import load_tiny
 
 PACKAGES = {
@@ -24,7 +26,13 @@ PACKAGES = {
     **{"adamw8bit": "bitsandbytes", "lion": "bitsandbytes"},
     **{"came": "came_pytorch", "prodigy": "prodigyopt"},
 }
-SHAPES = {"matrix": (64, 128), "conv": (4, 4, 3, 3), "bias": (8,), "zero": (16, 4)}
+SHAPES = {
+    "matrix": (64, 128),
+    "wide": (32, 256),
+    "conv": (4, 4, 3, 3),
+    "bias": (8,),
+    "zero": (16, 4),
+}
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -169,6 +177,21 @@ def test_settings_are_those_of_the_authors() -> None:
     assert config_for("optimizer", "sgd")().weight_decay == 0
 
 
+def test_prodigy_and_restarts_are_refused_together() -> None:
+    recipe: dict[str, Any] = {
+        "output": Path("runs/x"),
+        "model": {"family": "sd15", "path": "x"},
+        "data": {"path": "x"},
+        "train": {"samples": 100, "lr": 1.0},
+        "optimizer": {"type": "prodigy"},
+        "schedule": {"type": "cosine"},
+    }
+    assert TrainRecipe(**recipe).optimizer.slice_p == 11
+    with pytest.raises(ValueError, match="prodigy cannot go with schedule restarts"):
+        TrainRecipe(**{**recipe, "schedule": {"type": "restarts"}})
+    TrainRecipe(**{**recipe, "schedule": {"type": "restarts"}, "optimizer": {"type": "adamw"}})
+
+
 def test_prodigy_finds_its_step_and_takes_one_rate_for_all(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -180,6 +203,8 @@ def test_prodigy_finds_its_step_and_takes_one_rate_for_all(
         parameter.grad = parameter.detach().clone()
         optimizer.step()
     assert group["d"] > 100 * group["d0"]
+    assert _found_rates(optimizer) == {"lr_times_d": {"all": group["d"]}}
+    assert _found_rates(built("adamw", parameters())) == {}
     assert capsys.readouterr().out == ""  # belongs to --json
     groups = [{"params": [p], "lr": lr, "name": str(lr)} for p, lr in ((parameter, 1), (None, 2))]
     with pytest.raises(UserError, match="2 learning rates: 1, 2"):
