@@ -231,6 +231,40 @@ def report(
         out.print(str(path), markup=False)
 
 
+@app.command(
+    epilog="Example: sdtrain export runs/first --format single-file --to first.safetensors "
+    "--dtype fp16"
+)
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="RUN/checkpoints/SAMPLES, a run for its newest, or a diffusers folder."
+        ),
+    ],
+    form: Annotated[
+        str,
+        typer.Option("--format", metavar="single-file|diffusers|lora-kohya|lora-diffusers"),
+    ],
+    to: Annotated[Path, typer.Option(help="File or folder to make.")],
+    dtype: Annotated[str, typer.Option(metavar="fp32|fp16|bf16", help="Precision.")] = "fp32",
+    title: Annotated[str | None, typer.Option(help="Default: the name of the file.")] = None,
+    author: Annotated[str | None, typer.Option(help="Who made the model.")] = None,
+    description: Annotated[str | None, typer.Option(help="What the model is.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint for ComfyUI, A1111 or diffusers."""
+    from sdtrain.export import export as write
+
+    known = {"author": author, "description": description}
+    about = {key: value for key, value in known.items() if value is not None}
+    found = write(checkpoint, form, to, dtype=dtype, title=title, about=about)
+    if as_json:
+        print_json(found)
+    else:
+        out.print(found["path"], markup=False)
+
+
 @app.command(epilog="Example: sdtrain tiny sd15 models/tiny-sd15")
 def tiny(
     family: Annotated[str, typer.Argument(help="A family, such as sd15 or sdxl.")],

@@ -19,7 +19,9 @@ Pairs = Mapping[str, tuple[Tensor, ...]]
 """Canonical module path to its inner (rank, in) and outer (out, rank) matrix."""
 
 
-def write_diffusers(path: Path, pairs: Pairs, alpha: float) -> Path:
+def write_diffusers(
+    path: Path, pairs: Pairs, alpha: float, about: Mapping[str, str] | None = None
+) -> Path:
     """Write `unet.….lora_A.weight`, with alpha in the metadata, where diffusers looks for it."""
     from safetensors.torch import save_file
 
@@ -34,12 +36,18 @@ def write_diffusers(path: Path, pairs: Pairs, alpha: float) -> Path:
         # peft matches ends of live names, which lack the prefix under transformers 5.
         targets = settings.setdefault(f"{part}.target_modules", [])
         targets.append(name.removeprefix("text_model."))
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
-    save_file(tensors, str(path), metadata=metadata)
+    own = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    save_file(tensors, str(path), metadata={**(about or {}), **own})
     return path
 
 
-def write_kohya(path: Path, pairs: Pairs, alpha: float, family: Any) -> Path:
+def write_kohya(
+    path: Path,
+    pairs: Pairs,
+    alpha: float,
+    family: Any,
+    about: Mapping[str, str] | None = None,
+) -> Path:
     """Write `lora_unet_….lora_down.weight`, `.lora_up.weight` and `.alpha`."""
     from safetensors.torch import save_file
 
@@ -51,7 +59,7 @@ def write_kohya(path: Path, pairs: Pairs, alpha: float, family: Any) -> Path:
         tensors[f"{stem}.lora_down.weight"] = down
         tensors[f"{stem}.lora_up.weight"] = up
         tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
-    save_file(tensors, str(path), metadata={"format": "pt"})
+    save_file(tensors, str(path), metadata={**(about or {}), "format": "pt"})
     return path
 
 

@@ -29,7 +29,7 @@ _SHOWN = 5
 
 def is_single_file(path: str) -> bool:
     """Whether a model path names a single file and no folder or repository."""
-    return path.endswith(ENDINGS)
+    return path.endswith(ENDINGS) and not Path(path).is_dir()
 
 
 # --- writing -------------------------------------------------------------------------------------

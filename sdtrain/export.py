@@ -1,0 +1,209 @@
+"""`sdtrain export`: what was trained, in the files that other programs open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sdprep.errors import DataError, UserError
+from sdprep.plugins import config_for, configs
+from sdtrain import checkpoint
+from sdtrain.formats.diffusers import read_class
+from sdtrain.formats.lora_keys import write_diffusers, write_kohya
+from sdtrain.formats.modelspec import modelspec, training_record, write_hash
+from sdtrain.formats.single_file import DTYPES, cast, single_file_tensors, write_single_file
+
+Format = Literal["single-file", "diffusers", "lora-kohya", "lora-diffusers"]
+Dtype = Literal["fp32", "fp16", "bf16"]
+FORMATS = ("single-file", "diffusers", "lora-kohya", "lora-diffusers")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass
+class Opened:
+    """What is to be exported.
+
+    Args:
+        path: checkpoint or diffusers folder.
+        family: the model, with the adapter attached if there is one.
+        made_at: when the checkpoint was written.
+        adapter: how it was trained; None for a diffusers folder.
+        trained: the checkpoint's tensors by canonical path.
+        state: the checkpoint's record; empty for a diffusers folder.
+        alpha: of a LoRA.
+    """
+
+    path: Path
+    family: Any
+    made_at: float
+    adapter: Any = None
+    trained: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+    alpha: float | None = None
+
+
+def export(
+    path: Path,
+    form: str,
+    to: Path,
+    *,
+    dtype: str = "fp32",
+    title: str | None = None,
+    about: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint for other programs, as safetensors.
+
+    Args:
+        path: a checkpoint of a run, a run folder for its newest, or a diffusers folder.
+        form: one of `FORMATS`; a LoRA is merged for the first two.
+        to: file or folder to make; nothing may be there yet.
+        dtype: `fp32`, `fp16` or `bf16`.
+        title: name of the model in the file; default: the name of `to`.
+        about: more ModelSpec entries, such as `author`.
+
+    Returns:
+        path, format, dtype, samples_seen and bytes.
+
+    Raises:
+        UserError: something is there already, or a LoRA is asked of what has none.
+        DataError: the checkpoint cannot be read, or does not fit the precision.
+    """
+    if form not in FORMATS or dtype not in DTYPES:
+        raise UserError(
+            f"--format {form} --dtype {dtype} is not known",
+            f"Formats: {', '.join(FORMATS)}; dtypes: {', '.join(DTYPES)}.",
+        )
+    target = _target(form, to)
+    opened = _open(path)
+    if form.startswith("lora"):
+        _write_lora(opened, form, target, dtype, title or to.stem, about)
+    else:
+        if opened.adapter is not None:
+            opened.adapter.merge(opened.family)
+        if form == "diffusers":
+            _write_folder(opened, target, dtype)
+        else:
+            _write_single(opened, target, dtype, title or to.stem, about)
+    written = [target] if target.is_file() else [p for p in target.rglob("*") if p.is_file()]
+    return {
+        "path": str(target),
+        "format": form,
+        "dtype": dtype,
+        "samples_seen": opened.state.get("samples_seen"),
+        "bytes": sum(each.stat().st_size for each in written),
+    }
+
+
+def _target(form: str, to: Path) -> Path:
+    """Where the file or folder goes."""
+    is_file = to.suffix == ".safetensors"
+    if form == "diffusers" and is_file:
+        raise UserError(f"--to {to} names a file, and the format diffusers is a folder")
+    if form in ("single-file", "lora-kohya") and not is_file:
+        raise UserError(f"--to {to}: the format {form} is one file; end it in .safetensors")
+    target = to if is_file or form == "diffusers" else to / LORA_FILE
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError(f"{target} is there already", "Delete it first, or name another place.")
+    return target
+
+
+def _open(path: Path) -> Opened:
+    index = path / "model_index.json"
+    if index.is_file():
+        return Opened(path, _family_of(path), index.stat().st_mtime)
+    from sdprep.recipe import validate
+    from sdtrain.recipe import TrainRecipe
+    from sdtrain.run import load_trained
+    from sdtrain.sampling import checkpoint_folder
+    from sdtrain.setup import open_model
+
+    if path.is_file():
+        raise DataError(f"{path} is a file", "Give a checkpoint, a run or a diffusers folder.")
+    found = checkpoint_folder(path)
+    state = checkpoint.read_state(found)
+    recipe = validate(state["recipe"], TrainRecipe, str(found / checkpoint.STATE))
+    trained = checkpoint.read_trained(found)
+    family, adapter, _, plan = open_model(recipe, torch.device("cpu"))
+    load_trained(plan, trained)
+    made_at = (found / checkpoint.STATE).stat().st_mtime
+    alpha = getattr(recipe.adapter, "alpha", None)
+    return Opened(found, family, made_at, adapter, trained, state, alpha)
+
+
+def _family_of(path: Path) -> Any:
+    """The family whose pipeline a diffusers folder names."""
+    wanted = read_class(path)
+    known = {config.pipeline: name for name, config in _families().items()}
+    if wanted not in known:
+        raise UserError(f"{path} holds a {wanted}", f"Known here: {', '.join(known)}.")
+    return config_for("family", known[wanted])().build(str(path))  # type: ignore[attr-defined]
+
+
+def _families() -> dict[str, Any]:
+    return dict(configs("family"))
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _spec(opened: Opened, title: str, about: Any, *, is_adapter: bool) -> dict[str, str]:
+    family = opened.family
+    spec = modelspec(
+        family.folder.pipeline_class,
+        title=title,
+        date=datetime.fromtimestamp(opened.made_at, UTC).isoformat(timespec="seconds"),
+        resolution_px=family.default_resolution_px,
+        prediction_type=family.prediction_type,
+        about=about,
+        is_adapter=is_adapter,
+    )
+    return {**spec, **training_record(opened.state)}
+
+
+def _write_single(opened: Opened, target: Path, dtype: str, title: str, about: Any) -> None:
+    family = opened.family
+    tensors = single_file_tensors(
+        family.parts,
+        prediction_type=family.prediction_type,
+        is_zero_snr=bool(family.folder.scheduler.config.get("rescale_betas_zero_snr", False)),
+    )
+    spec = _spec(opened, title, about, is_adapter=False)
+    write_single_file(target, tensors, DTYPES[dtype], spec)
+
+
+def _write_folder(opened: Opened, target: Path, dtype: str) -> None:
+    for part, network in opened.family.parts.items():
+        for name, parameter in network.named_parameters():
+            parameter.data = cast(f"{part}.{name}", parameter.data, DTYPES[dtype])
+    opened.family.save(target)
+
+
+def _write_lora(
+    opened: Opened, form: str, target: Path, dtype: str, title: str, about: Any
+) -> None:
+    modules = [path.removesuffix(_A) for path in opened.trained if path.endswith(_A)]
+    if not modules or opened.alpha is None:
+        raise UserError(
+            f"{opened.path} holds no LoRA, so --format {form} has nothing to write",
+            "Export it as single-file or diffusers.",
+        )
+    kind = DTYPES[dtype]
+    pairs = {
+        module: tuple(cast(module + end, opened.trained[module + end], kind) for end in (_A, _B))
+        for module in modules
+    }
+    spec = _spec(opened, title, about, is_adapter=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.new")
+    if form == "lora-kohya":
+        write_kohya(scratch, pairs, opened.alpha, opened.family, spec)
+    else:
+        write_diffusers(scratch, pairs, opened.alpha, spec)
+    write_hash(scratch)
+    scratch.replace(target)
