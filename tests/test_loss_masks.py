@@ -88,7 +88,7 @@ def with_the_whole_one(setup: Setup) -> int:
 # --- where a mask lies ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flip_prob", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("flip_prob", [0.0, 0.5])
 def test_a_mask_lies_where_the_pixels_lie(
     train_recipe: Recipe, tmp_path: Path, flip_prob: float
 ) -> None:
@@ -219,7 +219,7 @@ def test_a_target_inside_a_box_moves_no_parameter(tiny_model: Callable[[str], Pa
     assert not torch.allclose(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch", [1, 4])
 def test_a_step_equals_plain_torch_without_the_sample_that_is_all_box(
     boxed: Path, train_recipe: Recipe, micro_batch: int
 ) -> None:
