@@ -103,8 +103,9 @@ def test_a_finished_run_stays_as_it_is(train_recipe: Recipe) -> None:
 def test_a_changed_recipe_is_refused_until_it_is_accepted(train_recipe: Recipe) -> None:
     path = train_recipe()
     run(path, "train.samples=8")
+    changed = ("train.samples=12", "data.batch_size=2", "optimizer.eps=1e-7")
     with pytest.raises(UserError) as caught:
-        run(path, "train.samples=12", "data.batch_size=2", "optimizer.eps=1e-7")
+        run(path, "optimizer.type=adamw", *changed)
     for words in ("train.samples: 8 -> 12", "data.batch_size: 4 -> 2", "optimizer.eps"):
         assert words in caught.value.message
     outcome = run(path, "train.samples=12", accept=["train.samples"])

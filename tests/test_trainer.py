@@ -138,7 +138,8 @@ RULES = (
 def test_frozen_tensors_stay_and_trained_ones_move(
     train_recipe: Recipe, overrides: Sequence[str]
 ) -> None:
-    run = fresh(train_recipe(), *overrides, "optimizer.weight_decay=0.5")
+    decay = ("optimizer.type=adamw", "optimizer.weight_decay=0.5")
+    run = fresh(train_recipe(), *overrides, *decay)
     every = dict(run.setup.family.named_parameters())
     before = {path: p.detach().clone() for path, p in every.items()}
     start = {path: p.detach().clone() for path, p in run.trained.items()}
