@@ -9,10 +9,11 @@ from typing import Any
 
 from sdprep.bucket_table import BucketTable, bucket_table
 from sdprep.buckets import bucket_list
-from sdprep.card_facts import Facts, hide_paths
+from sdprep.card_facts import Facts
 from sdprep.card_pictures import contact_sheet, plot_buckets, plot_counts
 from sdprep.card_text import fenced, plain, table
 from sdprep.console import megabytes
+from sdprep.private_paths import hide_paths
 from sdprep.schema import SPLITS
 
 ASSETS = "assets"

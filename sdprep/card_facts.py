@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import re
 from array import array
 from collections import Counter
 from collections.abc import Mapping
@@ -20,21 +19,6 @@ if TYPE_CHECKING:
 NUM_SAMPLES = 15
 SAMPLE_HEIGHT = 220
 _SHOWABLE = (None, "", "g", "general", "safe")
-
-_ABSOLUTE = re.compile(
-    r"""(?<![\w:/.~])               # not inside a relative path or a URL
-        (?:~|[A-Za-z]:|\\\\|(?=/))  # home, Windows drive, network share, or root
-        (?:[\\/]+[^\\/"'`\s,;|<>]+)*
-        [\\/]+([^\\/"'`\s,;|<>]+)   # the last part, which stays
-    """,
-    re.VERBOSE,
-)
-_QUOTED = re.compile(r"""(["'])(?:~|[A-Za-z]:(?=[\\/])|\\\\|(?=/))[^"'\n]*[\\/]+([^"'\\/\n]*)\1""")
-
-
-def hide_paths(text: str) -> str:
-    """Absolute paths cut down to their last part: `/home/ann/photos` becomes `.../photos`."""
-    return _ABSOLUTE.sub(r".../\1", _QUOTED.sub(r"\1.../\2\1", text))
 
 
 class Facts:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from sdprep.card import write_card
-from sdprep.card_facts import Facts, hide_paths
+from sdprep.card_facts import Facts
 from sdprep.console import progress, say, warn
 from sdprep.errors import DataError, UserError
 from sdprep.hub_access import repo_name
 from sdprep.prepared_files import LanceWriter, RowWriter, ShardWriter, features
 from sdprep.prepared_rows import Losses, PromptOf, check_rows, prepared_rows, score_column
+from sdprep.private_paths import hide_paths
 from sdprep.recipe import Section
 from sdprep.schema import MANIFEST, SCHEMA_VERSION, SPLITS, read_manifest
 from sdprep.table import PhotoTable

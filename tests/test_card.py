@@ -19,10 +19,11 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from sdprep.card import write_card, yaml_features
-from sdprep.card_facts import NUM_SAMPLES, Facts, hide_paths
+from sdprep.card_facts import NUM_SAMPLES, Facts
 from sdprep.card_pictures import SHEET_WIDTH, contact_sheet
 from sdprep.card_text import fenced, plain, table
 from sdprep.prepared_files import features, prepared_schema
+from sdprep.private_paths import hide_paths
 
 EVIL = (
     "x|<script>alert(1)</script> [a](javascript:1) ![i](http://e/x.png) `c` **b** @bob\n# h\n| y |"

@@ -20,7 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("sdprep", "sdtrain")
 SHARED_WITH_TRAINER = {
     *("schema", "images", "prompts", "tags", "seeding", "recipe", "plugins", "errors", "console"),
-    *("buckets", "bucket_table", "clip_tokens", "lock", "prompt_policy", "prompt_record"),
+    *(
+        "private_paths",
+        "buckets",
+        "bucket_table",
+        "clip_tokens",
+        "lock",
+        "prompt_policy",
+        "prompt_record",
+    ),
     "masks",
 }
 HEAVY = ("torch", "datasets", "lance", "transformers", "diffusers", "matplotlib", "scipy")

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdprep.private_paths import hide_paths
+
 ARCHITECTURES = {
     "StableDiffusionPipeline": "stable-diffusion-v1",
     "StableDiffusionXLPipeline": "stable-diffusion-xl-v1-base",
@@ -60,10 +62,13 @@ def modelspec(
 
 
 def training_record(state: Mapping[str, Any]) -> dict[str, str]:
-    """What a run's checkpoint knows of its making, as JSON, under `sdtrain.`."""
+    """What a run's checkpoint knows of its making, as JSON, under `sdtrain.`.
+
+    Absolute paths are cut down to their last part: such a file is made to be passed on.
+    """
     keys = ("recipe", "versions", "data", "samples_seen", "freeze_table", "evaluations")
     return {
-        f"sdtrain.{key}": json.dumps(state[key], ensure_ascii=False, sort_keys=True)
+        f"sdtrain.{key}": hide_paths(json.dumps(state[key], ensure_ascii=False, sort_keys=True))
         for key in keys
         if key in state
     }
