@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,11 +14,11 @@ from typing import Any
 import pytest
 
 from sdprep.history import history
+from sdprep.pipeline import STAGES
 from sdprep.table import PhotoTable
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "tools" / "demo_photos" / "photos"
-POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 
 
 def recipe(folder: Path, photos: Path = PHOTOS) -> list[str]:
@@ -90,7 +89,6 @@ def test_the_same_command_again_changes_nothing(undisturbed: Path) -> None:
     assert [a["done"] for a in annotators] == [0, 0, 0]
 
 
-@POSIX_ONLY
 @pytest.mark.slow
 def test_kill_at_random_moments_then_again_ends_in_the_same_content(
     undisturbed: Path, tmp_path: Path
@@ -98,23 +96,31 @@ def test_kill_at_random_moments_then_again_ends_in_the_same_content(
     expected, files = content(undisturbed / "photos.lance"), published(undisturbed / "prepared")
     rng = random.Random(20)
     kills = 0
-    for attempt in range(3):
+    for attempt in range(4):
         folder = tmp_path / f"killed {attempt}"
         for _ in range(2):
-            process = subprocess.Popen(
-                command("run", *recipe(folder)),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            time.sleep(rng.uniform(0.8, 5.0))
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-            process.wait()
+            kills += killed_in(rng.choice(STAGES), rng.uniform(0.0, 0.4), *recipe(folder))
         run("run", *recipe(folder))
         assert content(folder / "photos.lance") == expected
         assert published(folder / "prepared") == files
-    assert kills >= 3, "the kills came too late to test anything"
+    assert kills >= 6, "the kills came too late to test anything"
+
+
+def killed_in(stage: str, seconds: float, *arguments: str) -> bool:
+    """Run a recipe and kill it some time after a stage began; whether that was in time."""
+    process = subprocess.Popen(
+        command("run", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.strip() == stage:
+            time.sleep(seconds)
+            break
+    is_running = process.poll() is None
+    process.kill()
+    process.stderr.close()
+    process.wait()
+    return is_running
 
 
 def test_added_photos_move_none_between_splits(tmp_path: Path) -> None:
