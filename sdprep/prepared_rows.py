@@ -181,16 +181,16 @@ def _row(found: Row, score: str | None, license: str | None, losses: Losses) -> 
     extension = image_extension(image)
     losses.num_repacked += extension == "png" and found["format"] != "PNG"
     text = found["text"] or {}
-    tags = _tags(found, text)
+    tags = tags_of(found, text)
     return {
         "id": found["id"],
         "image": {"bytes": image, "path": f"{found['id']}.{extension}"},
         "width": found["width"],
         "height": found["height"],
         "caption": found.get("caption") or text.get("caption"),
-        "captions": _captions(found, text),
+        "captions": captions_of(found, text),
         "tags": tags,
-        "score": _one_to_nine(rank),
+        "score": one_to_nine(rank),
         "score_raw": _finite(found.get(f"{score}.score_raw", rank)),
         "signature": found.get("signature"),
         "rating": _rating(tags, text),
@@ -204,14 +204,15 @@ def _row(found: Row, score: str | None, license: str | None, losses: Losses) -> 
     }
 
 
-def _captions(found: Row, text: Row) -> list[Row]:
+def captions_of(found: Row, text: Row) -> list[Row]:
+    """Composed captions, else the one that came with the image."""
     if found.get("captions") is not None:
         return found["captions"]
     caption = found.get("caption") or text.get("caption")
     return [{"text": caption, "source": "sidecar"}] if caption else []
 
 
-def _tags(found: Row, text: Row) -> list[Row]:
+def tags_of(found: Row, text: Row) -> list[Row]:
     """Composed tags, else those that came with the image."""
     if found.get("tags") is not None:
         return found["tags"]
@@ -238,6 +239,7 @@ def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _one_to_nine(value: float | None) -> int | None:
+def one_to_nine(value: float | None) -> int | None:
+    """A score as it is published: a whole number from 1 to 9; None where there is none."""
     number = _finite(value)
     return None if number is None else min(9, max(1, math.floor(number + 0.5)))

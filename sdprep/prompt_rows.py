@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdprep.console import warn
-from sdprep.prepared_rows import score_column
+from sdprep.prepared_rows import captions_of, one_to_nine, score_column, tags_of
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.table import PhotoTable
 
@@ -36,32 +35,22 @@ def prompt_rows(
 def prompt_row(row: dict[str, Any], score: float | None) -> dict[str, Any]:
     """The text columns of one row as publishing writes them."""
     text = row.get("text") or {}
-    caption = row.get("caption") or text.get("caption")
-    captions = row.get("captions")
-    if captions is None:
-        captions = [{"text": caption, "source": "sidecar"}] if caption else []
-    tags = row.get("tags")
-    if tags is None:
-        beside = text.get("tags") or []
-        tags = [{**tag, "score": None, "source": "sidecar"} for tag in beside]
     return {
         "id": row["id"],
         "group_id": row.get("group_id"),
         "split": row.get("split"),
-        "caption": caption,
-        "captions": captions,
-        "tags": tags,
+        "caption": row.get("caption") or text.get("caption"),
+        "captions": captions_of(row, text),
+        "tags": tags_of(row, text),
         "score": rank(score),
     }
 
 
 def rank(score: float | None) -> int | None:
     """A score as prompts and the published column know it: 1..9; 0 stays 0, never trained on."""
-    if score is None or not math.isfinite(score):
-        return None
     if isinstance(score, int) and score < 1:
         return 0
-    return min(9, max(1, math.floor(score + 0.5)))
+    return one_to_nine(score)
 
 
 def spellings(table: PhotoTable) -> dict[str, tuple[str, ...]] | None:
