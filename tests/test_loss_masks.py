@@ -34,7 +34,8 @@ from sdtrain.run import Run
 from sdtrain.run_folder import RunFolder
 from sdtrain.setup import Setup, open_setup
 from sdtrain.step import denoising_loss
-from sdtrain.trainer import steps, take_step
+from sdtrain.trainer import steps
+from sdtrain.update import take_step
 from tests.tiny import load_tiny, tiny_batch
 from tests.train_data import SIZES, prepared_row, write_prepared
 

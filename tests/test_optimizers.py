@@ -18,7 +18,7 @@ from sdtrain import checkpoint
 from sdtrain.adapters.full import Full
 from sdtrain.freezing import Rule, build_plan
 from sdtrain.recipe import TrainRecipe
-from sdtrain.trainer import _found_rates
+from sdtrain.update import _found_rates
 from tests.tiny import load_tiny
 
 PACKAGES = {

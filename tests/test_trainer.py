@@ -22,7 +22,8 @@ from sdtrain.run_folder import RunFolder
 from sdtrain.setup import Setup, open_setup, pick_device
 from sdtrain.step import denoising_loss
 from sdtrain.trackers.jsonl import read_metrics
-from sdtrain.trainer import DivergedError, is_due, steps, take_step, train
+from sdtrain.trainer import is_due, steps, train
+from sdtrain.update import DivergedError, take_step
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,18 @@
+"""What the commands of `sdtrain` share: the names and types of their arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key. Repeats."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Prompts = Annotated[
+    Path, typer.Option(help="Text file, one prompt a line; an empty line is the empty prompt.")
+]

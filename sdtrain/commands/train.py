@@ -1,0 +1,81 @@
+"""Commands that train, or say what training would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdprep.console import out, print_json
+from sdtrain.commands.common import Json, Recipe, Set
+
+
+def run(
+    recipe: Recipe,
+    settings: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done (sdtrain check).")
+    ] = False,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Where to go on from.")
+    ] = "auto",
+    accept_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on although this recipe key changed. Repeats."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train; run the same command again to resume."""
+    from sdtrain.recipe import load_train_recipe
+
+    loaded = load_train_recipe(recipe, settings or ())
+    if dry_run:
+        _check(loaded, as_json)
+        return
+    from sdtrain.trainer import train
+
+    outcome = train(loaded, resume=resume, accept=accept_change or ())
+    if as_json:
+        print_json(outcome.to_json())
+    elif outcome.is_finished:
+        out.print(f"{outcome.output}: {outcome.samples_seen:,} samples done", markup=False)
+
+
+def check(recipe: Recipe, settings: Set = None, as_json: Json = False) -> None:
+    """Say everything that can be known without training."""
+    from sdtrain.recipe import load_train_recipe
+
+    _check(load_train_recipe(recipe, settings or ()), as_json)
+
+
+def _check(recipe: Any, as_json: bool) -> None:
+    from sdtrain.check import describe
+    from sdtrain.check_text import check_text
+    from sdtrain.setup import open_setup
+
+    setup = open_setup(recipe)
+    found = describe(setup)
+    if as_json:
+        print_json(found)
+    else:
+        out.print(check_text(found, setup.plan.table()), markup=False)
+
+
+def inspect(
+    recipe: Recipe,
+    to: Annotated[Path, typer.Option(help="Folder for the pictures and the page.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Optimizer steps to show.")] = 4,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Show the first batches as the model sees them."""
+    from sdtrain.inspect import inspect as write
+    from sdtrain.recipe import load_train_recipe
+    from sdtrain.setup import open_setup
+
+    found = write(open_setup(load_train_recipe(recipe, settings or ())), to, count)
+    if as_json:
+        print_json(found)
+    else:
+        out.print(found["path"], markup=False)

@@ -1,0 +1,137 @@
+"""One optimizer step: forwards, backwards, clip, check, update, and the clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdprep.errors import UserError
+from sdtrain import checkpoint
+from sdtrain.batch import Batch
+from sdtrain.loader import MicroBatch
+from sdtrain.run import Run
+from sdtrain.step import denoising_loss
+
+MOST_SKIPPED_STEPS = 20
+
+Parts = Iterator[tuple[MicroBatch, Batch]]
+"""The micro-batches of one optimizer step."""
+
+
+class DivergedError(UserError):
+    """A loss or gradient that is no number."""
+
+
+def take_step(run: Run, parts: Parts) -> dict[str, Any]:
+    """One optimizer step: forwards, backwards, clip, check, update, and the clock.
+
+    The loss is the sum over all samples of weight times loss, divided by their number, however
+    they are cut into micro-batches. Samples whose mask leaves nothing of them are in neither.
+
+    Returns:
+        the training line for the metrics.
+
+    Raises:
+        DivergedError: a loss or the gradient is no number; names the samples.
+    """
+    setup = run.setup
+    lr_factor = run.schedule(run.samples_seen)
+    rates = {group.name: group.lr * lr_factor for group in setup.plan.groups}
+    for group in run.optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
+
+    positions: list[int] = []
+    levels: list[float] = []
+    masked: list[bool] = []
+    pieces: list[tuple[Tensor, Tensor]] = []
+    num_samples = 0
+    for micro, batch in parts:
+        # Counted before the first backward, from the boxes alone. If none is left all losses are 0.
+        num_samples = num_samples or max(1, setup.reader().num_left(micro.step.slots))
+        masked += batch.is_masked_out
+        batch = batch.to(setup.device)
+        losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
+        logsnr = setup.family.logsnr(batch.u)
+        weights = run.weighting(logsnr.exp(), setup.family.prediction_type).to(setup.device)
+        run.scaler.scale((weights * losses).sum() / num_samples).backward()
+        positions += micro.positions
+        levels += logsnr.tolist()
+        pieces.append((losses.detach(), weights))
+        if micro.is_last:
+            break
+    step = micro.step
+    order = torch.tensor(positions).argsort()
+    losses_by_slot = torch.cat([losses for losses, _ in pieces]).cpu()[order].double()
+    weights_by_slot = torch.cat([weights for _, weights in pieces]).cpu()[order].double()
+    levels_by_slot = [levels[at] for at in order.tolist()]
+    left = [slot for slot, at in enumerate(order.tolist()) if not masked[at]]
+    assert num_samples == max(1, len(left)), "masks and their count disagree"
+    _check_losses(run, losses_by_slot, [slot.sample_id for slot in step.slots])
+    grad_norm = _update(run, [slot.sample_id for slot in step.slots])
+
+    run.samples_seen += len(step.slots)
+    run.step += 1
+    run.masked_out += len(step.slots) - len(left)
+    for name, lr in rates.items():
+        run.effort[name] = run.effort.get(name, 0.0) + lr * math.sqrt(len(step.slots))
+    line = {
+        "kind": "train",
+        "samples_seen": run.samples_seen,
+        "step": run.step,
+        "loss": float((weights_by_slot * losses_by_slot)[left].mean()) if left else None,
+        "loss_debiased": run.fit.debiased(
+            losses_by_slot[left].tolist(), [levels_by_slot[slot] for slot in left]
+        ),
+        "grad_norm": grad_norm,
+        "lr": rates,
+        **_found_rates(run.optimizer),
+    }
+    return line if setup.boxes is None else {**line, "masked_out": len(step.slots) - len(left)}
+
+
+def _found_rates(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
+    """`lr_times_d` by group, for optimizers that find the size d of their steps themselves."""
+    groups = [group for group in optimizer.param_groups if "d" in group]
+    rates = {group["name"]: float(group["lr"] * group["d"]) for group in groups}
+    return {"lr_times_d": rates} if rates else {}
+
+
+def _check_losses(run: Run, losses: Tensor, ids: Sequence[str]) -> None:
+    bad = [id_ for id_, loss in zip(ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    if bad:
+        raise DivergedError(
+            f"the loss is no number after {run.samples_seen:,} samples, for {len(bad)} of "
+            f"{len(ids)} images: {', '.join(bad[:8])}",
+            _what_to_try(run),
+        )
+
+
+def _update(run: Run, ids: Sequence[str]) -> float:
+    """Clip once over everything, then step; returns the norm of the gradient before clipping."""
+    most = run.setup.recipe.optimizer.max_grad_norm or math.inf
+    run.scaler.unscale_(run.optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(run.trained.values(), most))
+    if not math.isfinite(norm):
+        run.skipped_in_a_row += 1
+        if not run.scaler.is_enabled() or run.skipped_in_a_row > MOST_SKIPPED_STEPS:
+            raise DivergedError(
+                f"the gradient is no number after {run.samples_seen:,} samples; the step's "
+                f"images: {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}",
+                _what_to_try(run),
+            )
+    else:
+        run.skipped_in_a_row = 0
+    run.scaler.step(run.optimizer)  # leaves the step out itself when float16 overflowed
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _what_to_try(run: Run) -> str:
+    newest = checkpoint.checkpoints(run.folder.checkpoints)[-1:]
+    where = f" The newest checkpoint is {newest[0]}." if newest else ""
+    return f'Try a lower learning rate, a warm-up, or precision.mixed = "no".{where}'
