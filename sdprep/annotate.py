@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -31,7 +32,11 @@ class PixelNeeds:
     pixels: bool = True  # False: it reads columns only, `Sample.image` is None
     alpha: bool = False  # `Sample.alpha` is the upright alpha channel where the file has one
     data: bool = False  # `Sample.data` holds the original bytes
-    columns: tuple[str, ...] = ()  # more columns that `Sample.row` holds, where the table has them
+    columns: tuple[str, ...] = ()  # more columns of `Sample.row`, where there; `*` as in file names
+
+    def reads(self, column: str) -> bool:
+        """Whether `columns` names it."""
+        return any(fnmatchcase(column, pattern) for pattern in self.columns)
 
 
 @dataclass(frozen=True)
@@ -218,8 +223,9 @@ class _Run:
         size = self.batch_size or max(a.batch_size for a in self.annotators.values())
         needs_image = any(a.pixels.pixels or a.pixels.data for a in self.annotators.values())
         columns = {name: name for name in CORE.names if name != "image" or needs_image}
-        more = dict.fromkeys(name for a in self.annotators.values() for name in a.pixels.columns)
-        columns |= {name: name for name in more if self.table.has(name)}
+        needs = [a.pixels for a in self.annotators.values()]
+        more = [name for name in self.table.columns() if any(need.reads(name) for need in needs)]
+        columns |= {name: name for name in more}
         for column, predicate in self.open_in.items():
             columns[f"open {column}"] = predicate
             if _counts_attempts(self.annotators[column]):
@@ -282,7 +288,7 @@ def _open_predicate(table: PhotoTable, column: str, retry_failed: bool) -> str:
     if not retry_failed:
         return f"{column} IS NULL"
     predicate = f"{column} IS NULL OR {column}.error IS NOT NULL"
-    if column.startswith("caption_") and table.has("caption_check"):
+    if table.has("caption_check"):
         flagged = f"array_has(caption_check.columns, '{column}')"
         predicate += f" OR coalesce({flagged}, false)"
     return predicate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from sdprep.caption_monitors import (
     words_of,
 )
 from sdprep.caption_rows import SIDECAR, Caption, caption_columns, caption_rows, captions_of
+from sdprep.caption_similarity import least_usual
 from sdprep.seeding import uniform
 
 if TYPE_CHECKING:
@@ -39,7 +41,9 @@ CHECK = pa.struct(
         "score": pa.float32(),  # contradictions ÷ checks that applied; NULL where none did
         "checks": pa.int32(),  # how many applied
         "reasons": pa.list_(pa.string()),  # `<source>: <flag>: <what was found>`
-        "columns": pa.list_(pa.string()),  # caption columns with a flag: --retry-failed redoes them
+        # What --retry-failed does again: caption columns with a flag, and score columns that have
+        # compared another text than the caption that is there now.
+        "columns": pa.list_(pa.string()),
     }
 )
 REPORT = "caption_report"
@@ -65,11 +69,15 @@ def check_row(
         against = [f"contradiction: {claim.reason}" for claim in claims if claim.reason]
         checks += len(claims)
         contradictions += len(against)
-        own = [f"{flag}: {reason}" for flag, reason in found.items()] + against
-        flags.update(found, ["contradiction"] if against else [])
+        far = _far_from_picture(caption, habits.get(caption.column))
+        own = [f"{flag}: {reason}" for flag, reason in found.items()] + against + far
+        flags.update(found, ["contradiction"] if against else [], ["similarity"] if far else [])
         reasons += [f"{caption.source}: {reason}" for reason in own]
         if own and caption.column != SIDECAR:
             columns.append(caption.column)
+        for scorer in caption.uncompared:
+            reasons.append(f"{caption.source}: not compared by {scorer} since it was written")
+            columns += [scorer] if scorer not in columns else []
     return {
         "flags": [flag for flag in FLAGS if flag in flags],
         "score": contradictions / checks if checks else None,
@@ -77,6 +85,16 @@ def check_row(
         "reasons": reasons,
         "columns": columns,
     }
+
+
+def _far_from_picture(caption: Caption, habits: Habits | None) -> list[str]:
+    """What each scorer of similarity has against a caption."""
+    bounds = habits.cosines if habits else {}
+    return [
+        f"similarity: {cosine:.3f} by {scorer}, usual here is {bounds[scorer]:.3f} or more"
+        for scorer, cosine in caption.cosines.items()
+        if scorer in bounds and cosine < bounds[scorer]
+    ]
 
 
 def habits_of(captions: Sequence[Caption]) -> Habits:
@@ -96,7 +114,20 @@ def habits_of(captions: Sequence[Caption]) -> Habits:
         script=max(sorted(letters), key=lambda name: letters[name]) if letters else "LATIN",
         language=max(sorted(languages), key=lambda name: languages[name]) if languages else "en",
         words=_usual_words([len(words_of(caption.text)) for caption in free]),
+        cosines={
+            scorer: least_usual(cosines)
+            for scorer, cosines in _by_scorer(captions).items()
+            if len(cosines) >= LEAST_FOR_HABITS
+        },
     )
+
+
+def _by_scorer(captions: Sequence[Caption]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for caption in captions:
+        for scorer, cosine in caption.cosines.items():
+            found.setdefault(scorer, []).append(cosine)
+    return found
 
 
 def _many(count: int) -> float:
@@ -136,8 +167,10 @@ def check_captions(table: PhotoTable) -> dict[str, Any]:
     """Write `caption_check` for every image that has a caption, in one commit.
 
     Returns:
-        `captioned` (images), `flagged`, `flags` (flag → images) and `sets` (source → numbers of
-        `caption_drift.describe_set`), which also stand in the notes of the column.
+        `captioned` (images), `flagged`, `flags` (flag → images), `uncompared` (images whose
+        captions a scorer of similarity has not seen as they are) and `sets` (source → numbers of
+        `caption_drift.describe_set`, and median `similarity` by scorer), which also stand in the
+        notes of the column.
     """
     with table.writer():
         table.refresh()
@@ -166,6 +199,9 @@ def _counted(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "captioned": len(values),
         "flagged": sum(bool(value["flags"]) for value in values),
         "flags": {flag: counts[flag] for flag in FLAGS if counts[flag]},
+        "uncompared": sum(
+            any(name.startswith("score_") for name in value["columns"] or []) for value in values
+        ),
     }
 
 
@@ -177,10 +213,16 @@ def _sets(by_column: Mapping[str, Sequence[tuple[str, Caption]]]) -> dict[str, A
     }
     reference = samples.get(SIDECAR, [])
     reference = reference if len(reference) >= LEAST_FOR_HABITS else []
-    return {
-        found[0][1].source: describe_set(samples[column], () if column == SIDECAR else reference)
-        for column, found in by_column.items()
-    }
+    sets = {}
+    for column, found in by_column.items():
+        captions = [caption for _, caption in found]
+        numbers = describe_set(samples[column], () if column == SIDECAR else reference)
+        numbers["similarity"] = {
+            scorer: round(statistics.median(cosines), 4)
+            for scorer, cosines in _by_scorer(captions).items()
+        }
+        sets[captions[0].source] = numbers
+    return sets
 
 
 # --- looking at them ------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 FLAGS = (
     *("empty", "repetition", "unfinished", "refusal", "boilerplate", "preamble", "markdown"),
-    *("json", "url", "script", "language", "length", "word_list", "contradiction"),
+    *("json", "url", "script", "language", "length", "word_list", "contradiction", "similarity"),
 )
 """Everything that a caption can be flagged with, in the order of reports."""
 
@@ -48,6 +48,7 @@ class Habits:
     script: str = "LATIN"
     language: str = "en"
     words: tuple[float, float] | None = None  # fewest and most that are no outlier
+    cosines: Mapping[str, float] = field(default_factory=dict)  # least usual one, by scorer
 
 
 def words_of(text: str) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from sdprep.caption_claims import Seen, is_person_label, is_text_label
+from sdprep.caption_similarity import cosines_of, similarity_columns
 from sdprep.tag_composition import read_edits
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Caption:
     text: str
     prompt: str | None = None
     finish_reason: str | None = None
+    cosines: Mapping[str, float] = field(default_factory=dict)  # with the picture, by scorer
+    uncompared: tuple[str, ...] = ()  # scorers that saw another text, or none, in its place
 
     @property
     def source(self) -> str:
@@ -36,12 +39,12 @@ class Caption:
 def caption_columns(table: PhotoTable) -> dict[str, list[str]]:
     """Columns of captioners, with the fields of theirs that are read."""
     found = {}
-    for field in table.schema:
-        if field.name.startswith("caption_") and pa.types.is_struct(field.type):
-            names = [field.type.field(at).name for at in range(field.type.num_fields)]
+    for column in table.schema:
+        if column.name.startswith("caption_") and pa.types.is_struct(column.type):
+            names = [column.type.field(at).name for at in range(column.type.num_fields)]
             if "text" in names:
                 known = ("text", "prompt", "finish_reason")
-                found[field.name] = [name for name in known if name in names]
+                found[column.name] = [name for name in known if name in names]
     return found
 
 
@@ -56,26 +59,34 @@ def caption_rows(
     columns = caption_columns(table)
     paths = [f"{column}.{part}" for column, parts in columns.items() for part in parts]
     boxes = [
-        field.name
-        for field in table.schema
-        if field.name.startswith("boxes_")
-        and pa.types.is_struct(field.type)
-        and field.type.get_field_index("boxes") >= 0
+        column.name
+        for column in table.schema
+        if column.name.startswith("boxes_")
+        and pa.types.is_struct(column.type)
+        and column.type.get_field_index("boxes") >= 0
     ]
     more = ["tags"] if table.has("tags") else []
     more += [f"{column}.boxes" for column in boxes]
     more += ["tags_attributes.tags"] if table.has("tags_attributes") else []
+    scorers = similarity_columns(table)
+    paths += [f"{scorer}.captions" for scorer in scorers]
     wanted = ["id", "text.caption", *paths, *(more if with_seen else [])]
     rows = table.read(wanted, "reject_ingest IS NULL")
     finds = _found_kinds(rows, boxes) if with_seen else {}
     for batch in rows.to_batches(max_chunksize=_ROWS_AT_A_TIME):
         for row in batch.to_pylist():
-            captions = [] if row["id"] in edited else captions_of(row, columns)
+            captions = [] if row["id"] in edited else captions_of(row, columns, scorers)
             yield row["id"], captions, _seen(row, boxes, finds) if with_seen else Seen()
 
 
-def captions_of(row: Mapping[str, Any], columns: Mapping[str, Sequence[str]]) -> list[Caption]:
-    """The captions of one row of `text.caption` and the parts of `caption_columns`."""
+def captions_of(
+    row: Mapping[str, Any], columns: Mapping[str, Sequence[str]], scorers: Sequence[str] = ()
+) -> list[Caption]:
+    """The captions of one row of `text.caption` and the parts of `caption_columns`.
+
+    Args:
+        scorers: those of similarity, whose `<scorer>.captions` the row holds.
+    """
     found = []
     if (row["text.caption"] or "").strip():
         found.append(Caption(SIDECAR, row["text.caption"].strip()))
@@ -84,7 +95,11 @@ def captions_of(row: Mapping[str, Any], columns: Mapping[str, Sequence[str]]) ->
         if values["text"] is not None:
             values["text"] = values["text"].strip()
             found.append(Caption(column, **values))
-    return found
+    return [
+        replace(caption, cosines=cosines, uncompared=uncompared)
+        for caption in found
+        for cosines, uncompared in [cosines_of(caption.column, caption.text, row, scorers)]
+    ]
 
 
 def _found_kinds(rows: pa.Table, columns: Sequence[str]) -> dict[str, tuple[bool, bool]]:

@@ -70,10 +70,25 @@ def annotate_stage(
         return []
     kinds = "+".join(dict.fromkeys(COLUMN_PREFIX[kind] for kind, _, _ in jobs))
     with stage(table, kinds, command_line()):
-        reports = annotate(table, annotators, **how)
-        if any(kind == "captioner" for kind, _, _ in jobs):
+        reports = [
+            report for part in _in_turn(annotators) for report in annotate(table, part, **how)
+        ]
+        if any(
+            a.pixels.reads("caption_") or c.startswith("caption_") for c, a in annotators.items()
+        ):
             watch_captions(table)
     return [asdict(report) for report in reports]
+
+
+def _in_turn(annotators: dict[str, Annotator]) -> list[dict[str, Annotator]]:
+    """Those that read what others of them fill come after these, in a pass of their own."""
+    later = {
+        column: annotator
+        for column, annotator in annotators.items()
+        if any(annotator.pixels.reads(other) for other in annotators if other != column)
+    }
+    first = {column: each for column, each in annotators.items() if column not in later}
+    return [part for part in (first, later) if part]
 
 
 def watch_captions(table: PhotoTable) -> Report | None:

@@ -196,5 +196,5 @@ def test_a_model_that_lacks_weights_is_refused_not_made_up(model, tmp_path, phot
     weights = load_file(broken / "model.safetensors")
     del weights["box_head.dense0.weight"]
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DataError, match=r"lacks 1 tensors, such as box_head\.dense0\.weight"):
+    with pytest.raises(DataError, match=r"lack 1 tensors, such as box_head\.dense0\.weight"):
         build(broken).annotate([Sample("", {}, photos[0])])

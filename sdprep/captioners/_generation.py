@@ -15,8 +15,9 @@ from sdprep.annotate import PixelNeeds, Sample
 from sdprep.caption_monitors import malformed
 from sdprep.caption_prompts import CAPTION_COLUMNS, seed_of_try
 from sdprep.devices import FittingBatches
-from sdprep.errors import DataError, UserError
+from sdprep.errors import DataError
 from sdprep.model_files import ModelFolder
+from sdprep.pretrained import load_parts
 from sdprep.seeding import rng_for
 
 if TYPE_CHECKING:
@@ -232,34 +233,10 @@ def load_model(
         DataError: files are missing or do not fit each other.
         UserError: the processor needs a package that is not there.
     """
-    import transformers
-
     kinds = ("AutoModelForImageTextToText", "AutoProcessor")
     kinds = kinds if sees else ("AutoModelForCausalLM", "AutoTokenizer")
-    model_class, processor_class = (getattr(transformers, kind) for kind in kinds)
-    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        processor = processor_class.from_pretrained(folder.path, **safe)
-        loaded: Any = model_class.from_pretrained(
-            folder.path,
-            use_safetensors=True,
-            dtype=dtype_of(precision, device),
-            output_loading_info=True,
-            **safe,
-        )
-    except ImportError as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"model {folder.name} needs a package that is missing: {what}") from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"model {folder.name} does not load: {error}") from None
-    model, report = loaded
-    # transformers would go on with random numbers in place of what is missing.
-    lacks = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    lacks = [name for name in lacks if not name.endswith("position_ids")]
-    if lacks:
-        some = ", ".join(lacks[:3])
-        raise DataError(f"model {folder.name} does not fit its config.json: {some}")
-    return model.eval().to(device), processor
+    model, processor = load_parts(folder, *kinds, dtype=dtype_of(precision, device))
+    return model.to(device), processor
 
 
 def generation_config(model: Any, max_new_tokens: int) -> Any:

@@ -202,8 +202,15 @@ def _captions_text(found: Report) -> list[str]:
     """What the monitors say of the captions."""
     flags = f" ({counted(found['flags'])})" if found["flags"] else ""
     lines = [f"captions: {found['captioned']:,} images, {found['flagged']:,} flagged{flags}"]
+    if found["uncompared"]:
+        lines.append(
+            f"  {found['uncompared']:,} images have captions that were not compared with them; "
+            "run the scorer again with --retry-failed"
+        )
     for source, numbers in found["sets"].items():
         lines += [f"  {source}: {warning}" for warning in numbers["warnings"]]
+        for scorer, cosine in numbers.get("similarity", {}).items():
+            lines.append(f"  {source}: median similarity {cosine:.3f} by {scorer}")
     return lines
 
 

@@ -16,6 +16,7 @@ from sdprep.detectors._padded_square import pixels_of
 from sdprep.devices import BatchSize, DeviceName, FittingBatches, torch_device
 from sdprep.errors import DataError, UserError
 from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
+from sdprep.pretrained import load_parts
 from sdprep.recipe import AnnotatorConfig
 
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "*_map.json", "added_tokens.json")
@@ -160,24 +161,8 @@ def _load(folder: ModelFolder) -> Any:
     """The model in eval mode, float32.
 
     Raises:
-        DataError: weights are missing, which would be left random.
+        DataError: it does not load, or weights are missing, which would be left random.
     """
     import torch
-    from transformers import Owlv2ForObjectDetection
 
-    loaded: Any = Owlv2ForObjectDetection.from_pretrained(
-        folder.path,
-        use_safetensors=True,
-        local_files_only=True,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise DataError(
-            f"{folder.path / 'model.safetensors'} lacks {len(missing)} tensors, such as "
-            f"{missing[0]}",
-            "Take the whole Owlv2ForObjectDetection, not a part of it.",
-        )
-    return model.eval()
+    return load_parts(folder, "Owlv2ForObjectDetection", dtype=torch.float32)[0]

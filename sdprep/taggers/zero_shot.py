@@ -18,7 +18,7 @@ from sdprep.schema import SCORED_TAG
 from sdprep.taggers._scored_tags import StoreAbove, scored_tags
 
 if TYPE_CHECKING:
-    from sdprep.taggers._contrastive import ContrastiveModel
+    from sdprep.contrastive import ContrastiveModel
 
 LABEL = pa.struct(
     {"name": pa.string(), "group": pa.string(), "cosine": pa.float32(), "p": pa.float32()}
@@ -104,7 +104,7 @@ class Config(AnnotatorConfig):
         Raises:
             UserError: files are missing or of another model, or the device is not there.
         """
-        from sdprep.taggers._contrastive import FILES
+        from sdprep.contrastive import FILES
 
         return ZeroShotTagger(model_folder(self.model, self.revision, FILES), self)
 
@@ -117,7 +117,7 @@ class ZeroShotTagger:
     is_thread_safe = False
 
     def __init__(self, folder: ModelFolder, config: Config) -> None:
-        from sdprep.taggers._contrastive import check_files
+        from sdprep.contrastive import check_files
 
         check_files(folder)
         self.folder, self.config, self.batch_size = folder, config, config.batch_size
@@ -137,7 +137,7 @@ class ZeroShotTagger:
 
     def _embeddings(self, images: Sequence[Image.Image]) -> np.ndarray:
         if self._model is None:
-            from sdprep.taggers._contrastive import ContrastiveModel
+            from sdprep.contrastive import ContrastiveModel
 
             self._model = ContrastiveModel(self.folder, self.device)
             self._texts = np.stack(

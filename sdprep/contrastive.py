@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from sdprep.clip_tokens import clean_text
 from sdprep.devices import batch_on
 from sdprep.errors import DataError, UserError
 from sdprep.model_files import ModelFolder
+from sdprep.pretrained import load_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,33 +65,11 @@ class ContrastiveModel:
             DataError: weights are missing or of another shape.
         """
         import torch
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-        from transformers.utils import logging
 
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        try:
-            model, report = AutoModel.from_pretrained(
-                folder.path,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-                **safe,
-            )
-            self.processor = AutoImageProcessor.from_pretrained(folder.path, **safe)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder.path, **safe)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"model {folder.name} does not load: {error}") from None
-        # transformers would go on with random numbers in place of what is missing.
-        lacks = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        lacks = [name for name in lacks if not name.endswith("position_ids")]
-        if lacks:
-            raise DataError(
-                f"model {folder.name} does not fit its config.json: {', '.join(lacks[:3])}"
-            )
+        names = ("AutoModel", "AutoImageProcessor", "AutoTokenizer")
+        model, self.processor, self.tokenizer = load_parts(folder, *names, dtype=torch.float32)
         self.name, self.device = folder.name, device
-        self.model = model.eval().to(device)
+        self.model = model.to(device)
         self.scale = float(model.logit_scale.detach().exp())
         self.is_siglip = model.config.model_type == "siglip"
         self.max_tokens = int(model.config.text_config.max_position_embeddings)
@@ -116,29 +94,44 @@ class ContrastiveModel:
         Raises:
             UserError: a text is longer than the model reads.
         """
-        import torch
-
         texts = [clean_text(text) for text in texts]
         for text in texts:
-            count = len(self.tokenizer(text)["input_ids"])
+            count = self.num_tokens(text)
             if count > self.max_tokens:
                 raise UserError(
                     f"model {self.name} reads {self.max_tokens} tokens, and this prompt of a label "
                     f"has {count}: {text!r}",
                     "Shorten it.",
                 )
+        return _unit(self._text_embeddings(texts).mean(axis=0))
+
+    def caption_embeddings(self, texts: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
+        """(B, D) float32 of unit length, and whether each text was cut to what the model reads."""
+        texts = [clean_text(text) for text in texts]
+        size = batch_on(self.device, len(texts))
+        parts = [
+            self._text_embeddings(texts[start : start + size])
+            for start in range(0, len(texts), size)
+        ]
+        return np.concatenate(parts), [self.num_tokens(text) > self.max_tokens for text in texts]
+
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a text, those at its ends included."""
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def _text_embeddings(self, texts: Sequence[str]) -> np.ndarray:
+        import torch
+
         # SigLIP was trained with every text padded to the end.
-        how: dict[str, Any] = {"padding": True}
-        if self.is_siglip:
-            how = {"padding": "max_length", "max_length": self.max_tokens}
+        how: dict[str, Any] = {"padding": "max_length" if self.is_siglip else True}
+        how |= {"truncation": True, "max_length": self.max_tokens}
         with torch.inference_mode():
-            tokens = self.tokenizer(texts, return_tensors="pt", **how).to(self.device)
+            tokens = self.tokenizer(list(texts), return_tensors="pt", **how).to(self.device)
             wanted = {"input_ids": tokens["input_ids"]}
             if not self.is_siglip:
                 wanted["attention_mask"] = tokens["attention_mask"]
             found = self.model.get_text_features(**wanted)
-            each = _unit(_tensor(found).float().cpu().numpy())
-        return _unit(each.mean(axis=0))
+            return _unit(_tensor(found).float().cpu().numpy())
 
 
 def _tensor(found: Any) -> Tensor:
