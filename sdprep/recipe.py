@@ -65,11 +65,26 @@ def load_recipe(path: str | Path, model: type[Recipe], overrides: Sequence[str] 
 
 def validate(data: dict[str, Any], model: type[Recipe], where: str) -> Recipe:
     """Check `data` (as TOML gives it) against `model`; `where` names it in errors."""
+    data = _with_default_types(data, model)
     try:
         # JSON mode, so that strictness still lets an array become a tuple and a string a path.
         return model.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         raise RecipeError(_explain(error, data, model, where)) from None
+
+
+def _with_default_types(data: dict[str, Any], model: type[Section]) -> dict[str, Any]:
+    """Give a table that names no plugin the `type` of the one that the recipe would take."""
+    filled = dict(data)
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        table = filled.get(key)
+        if not isinstance(table, dict) or "type" in table or field.is_required():
+            continue
+        default = getattr(field.get_default(call_default_factory=True), "type", None)
+        if default is not None and len(list(_sections(field.annotation))) > 1:
+            filled[key] = {"type": default, **table}
+    return filled
 
 
 def options(model: type[Recipe], settings: Sequence[str], **given: Any) -> Recipe:
@@ -243,6 +258,9 @@ def _unknown_key(path: str, section: type[Section] | None, model: type[Section])
     if near:
         return f"unknown key; did you mean {parent + '.' if parent else ''}{near}?"
     elsewhere = [place for place in _all_keys(model) if place.rpartition(".")[2] == key]
+    if path in elsewhere and section and "type" in section.model_fields:
+        tag = section.model_fields["type"].default
+        return f"{parent}.type = {tag} has no such key, though another type has"
     if elsewhere:
         return f"unknown key here; there is {elsewhere[0]}"
     allowed = ", ".join(_keys(section)) if section else ""

@@ -11,6 +11,7 @@ import numpy as np
 from sdprep.buckets import fit
 from sdtrain.buckets import Assignment, Slot, micro_batches
 from sdtrain.dataset import Rows
+from sdtrain.memory import checkpoint_bytes, memory
 from sdtrain.recipe import TrainRecipe
 from sdtrain.run_folder import versions
 from sdtrain.setup import Setup, gpu_without_torch, open_setup
@@ -18,8 +19,6 @@ from sdtrain.setup import Setup, gpu_without_torch, open_setup
 CHUNK_ROWS = 2_000
 CURVE_POINTS = 9
 SHOWN_PROMPTS = 3
-FLOAT32_BYTES = 4
-OPTIMIZER_COPIES = 2  # running mean and running square
 
 
 def check(recipe: TrainRecipe) -> dict[str, Any]:
@@ -28,7 +27,9 @@ def check(recipe: TrainRecipe) -> dict[str, Any]:
     Raises:
         UserError: what would stop the run.
     """
-    return describe(open_setup(recipe))
+    setup = open_setup(recipe)
+    setup.optimizer()  # some refuse what they are given
+    return describe(setup)
 
 
 def describe(setup: Setup) -> dict[str, Any]:
@@ -50,8 +51,8 @@ def describe(setup: Setup) -> dict[str, Any]:
         "length": _length(setup, slots),
         "learning_rate": _learning_rate(setup),
         "evaluation": _evaluation(setup),
-        "memory": _memory(setup),
-        "checkpoint_bytes": _checkpoint_bytes(setup),
+        "memory": memory(setup),
+        "checkpoint_bytes": checkpoint_bytes(setup),
         "prompts": _prompts(setup, slots[:SHOWN_PROMPTS]),
     }
 
@@ -182,23 +183,19 @@ def _length(setup: Setup, slots: Sequence[Slot]) -> dict[str, Any]:
 def _learning_rate(setup: Setup) -> dict[str, Any]:
     """The curve at a few points, and the largest change from one step to the next."""
     schedule, batch = setup.schedule(), setup.recipe.data.batch_size
-    last = (setup.num_steps - 1) * batch
     points = sorted({round(i * (setup.num_steps - 1) / (CURVE_POINTS - 1)) for i in range(9)})
     clocks = [point * batch for point in points]
     peaks = {group.name: group.lr for group in setup.plan.groups}
-    factors = [schedule(clock) for clock in range(0, last + 1, batch * _stride(setup.num_steps))]
-    changes = [max(a, b) / min(a, b) for a, b in zip(factors, factors[1:], strict=False) if a and b]
+    worst, where = setup.worst_step_ratio
     return {
         "samples_seen": clocks,
         "factor": [schedule(clock) for clock in clocks],
         "lr": {name: [lr * schedule(clock) for clock in clocks] for name, lr in peaks.items()},
-        "worst_ratio": max(changes, default=1.0),
+        "worst_ratio": worst,
+        "worst_ratio_at": where,
+        "scaled_by": setup.recipe.lr_factor,
         "per_sample_root": {name: lr / batch**0.5 for name, lr in peaks.items()},
     }
-
-
-def _stride(num_steps: int) -> int:
-    return max(1, num_steps // 100_000)
 
 
 def _evaluation(setup: Setup) -> dict[str, Any]:
@@ -224,20 +221,6 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
         "forwards_each_time": sum(forwards.values()),
         "has_validation_split": setup.validation is not None,
     }
-
-
-def _memory(setup: Setup) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer; activations come on top."""
-    networks = setup.family.parts.values()
-    weights = sum(p.numel() * p.element_size() for part in networks for p in part.parameters())
-    trained = sum(p.numel() for p in setup.plan.trained().values()) * FLOAT32_BYTES
-    parts = {"weights": weights, "gradients": trained, "optimizer": OPTIMIZER_COPIES * trained}
-    return {**parts, "total_without_activations": sum(parts.values())}
-
-
-def _checkpoint_bytes(setup: Setup) -> int:
-    trained = sum(p.numel() for p in setup.plan.trained().values()) * FLOAT32_BYTES
-    return trained * (1 + OPTIMIZER_COPIES)
 
 
 def _prompts(setup: Setup, slots: Sequence[Slot]) -> list[dict[str, Any]]:

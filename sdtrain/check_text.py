@@ -103,7 +103,12 @@ def _learning_rate(rates: Mapping[str, Any]) -> list[str]:
     lines = ["at samples " + "  ".join(f"{clock:,}" for clock in rates["samples_seen"])]
     for name, values in rates["lr"].items():
         lines.append(f"{name}: " + "  ".join(f"{value:.3g}" for value in values))
-    lines.append(f"largest change from one step to the next: x{rates['worst_ratio']:.4g}")
+    if rates["scaled_by"] != 1:
+        lines.append(f"these are the recipe's rates times {rates['scaled_by']:.6g} (lr_scaling)")
+    lines.append(
+        f"largest change from one step to the next: x{rates['worst_ratio']:.4g}, "
+        f"at {rates['worst_ratio_at']:,} samples"
+    )
     return lines
 
 
@@ -120,7 +125,7 @@ def _memory(found: Mapping[str, Any]) -> list[str]:
     memory = {name: value / GIGABYTE for name, value in found["memory"].items()}
     return [
         f"weights {memory['weights']:.2f} GB + gradients {memory['gradients']:.2f} GB "
-        f"+ optimizer {memory['optimizer']:.2f} GB = "
+        f"+ optimizer {memory['optimizer']:.2f} GB + averages {memory['ema']:.2f} GB = "
         f"{memory['total_without_activations']:.2f} GB, and activations on top",
         f"one checkpoint takes about {found['checkpoint_bytes'] / GIGABYTE:.3f} GB",
     ]

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "sta
 
 FREE_KEYS = (
     *("output", "model.path", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
-    *("precision.device",),
+    *("precision.device", "ema.device", "ema.hand_over"),
 )
 """Recipe keys that may change freely: they do not touch the result. Data set and model are compared
 by their fingerprints, so what was moved is still the same."""
@@ -40,11 +40,13 @@ class Snapshot:
         state: JSON: clock, recipe, fingerprints, histories, optimizer groups.
         trained: trained parameters by canonical path.
         optimizer: optimizer tensors, `<path>/<name>`.
+        more: what only some runs have, such as `ema`; each a file of its own, by canonical path.
     """
 
     state: dict[str, Any]
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    more: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def samples_seen(self) -> int:
@@ -156,7 +158,10 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     )
     save_file(snapshot.trained, folder / TRAINED, metadata={"format": "pt", "sdtrain": about})
     save_file(snapshot.optimizer, folder / OPTIMIZER, metadata={"format": "pt"})
-    state = json.dumps(snapshot.state, ensure_ascii=False, indent=1)
+    for name, tensors in snapshot.more.items():
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    more = {"more": sorted(snapshot.more)} if snapshot.more else {}
+    state = json.dumps({**snapshot.state, **more}, ensure_ascii=False, indent=1)
     (folder / STATE).write_text(state, encoding="utf-8", newline="\n")
     for file in sorted(folder.iterdir()):
         with file.open("rb+") as opened:
@@ -256,7 +261,9 @@ def read(path: Path) -> Snapshot:
     Raises:
         DataError: a file is missing or damaged.
     """
-    return Snapshot(read_state(path), read_trained(path), _tensors(path / OPTIMIZER))
+    state = read_state(path)
+    more = {name: _tensors(path / f"{name}.safetensors") for name in state.get("more", [])}
+    return Snapshot(state, read_trained(path), _tensors(path / OPTIMIZER), more)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -71,10 +71,11 @@ class FreezePlan:
         """Every trained parameter by path."""
         return {path: p for group in self.groups for path, p in group.parameters.items()}
 
-    def optimizer_groups(self, lr_factor: float = 1.0) -> list[dict[str, Any]]:
-        """Groups for `torch.optim`: `params`, `lr` and `name`."""
+    def optimizer_groups(self, *, with_paths: bool = False) -> list[dict[str, Any]]:
+        """Groups for `torch.optim`: `params`, `lr` and `name`, and `paths` if they are wanted."""
         return [
-            {"params": list(g.parameters.values()), "lr": g.lr * lr_factor, "name": g.name}
+            {"params": list(g.parameters.values()), "lr": g.lr, "name": g.name}
+            | ({"paths": list(g.parameters)} if with_paths else {})
             for g in self.groups
         ]
 

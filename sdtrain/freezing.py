@@ -63,6 +63,7 @@ def build_plan(
     *,
     lr: float | None = None,
     preset: str | None = None,
+    lr_factor: float = 1.0,
 ) -> FreezePlan:
     """Decide on every parameter, attach the adapter, and set gradients and modes accordingly.
 
@@ -72,13 +73,17 @@ def build_plan(
         adapter: `full`, or one that adds parameters beside the modules that the rules choose.
         lr: shorthand for a first rule on `unet.**`.
         preset: shipped rules, applied after `lr` and before `rules`.
+        lr_factor: every rate is multiplied by it; table and groups show the product.
 
     Raises:
         UserError: a rule that matches nothing, an unknown preset, or nothing would train.
     """
     base = dict(family.named_parameters())
-    decisions = _decide(family, list(base), expand_rules(family, rules, lr=lr, preset=preset))
+    expanded = expand_rules(family, rules, lr=lr, preset=preset)
+    decisions = _decide(family, list(base), expanded, lr_factor)
     notes = _freeze_dead_ends(family, base, decisions)
+    if lr_factor != 1:
+        notes.append(f"every rate of the recipe is multiplied by {lr_factor:.6g}")
     for parameter in base.values():
         parameter.requires_grad_(False)
     rates = {path: decision.rate for path, decision in decisions.items() if decision.rate > 0}
@@ -135,14 +140,16 @@ def describes(glob: str, path: str) -> bool:
     return matches(glob, path) or matches(glob, path.rpartition(".")[0])
 
 
-def _decide(family: Family, paths: Sequence[str], rules: Sequence[RuleLike]) -> dict[str, Decision]:
+def _decide(
+    family: Family, paths: Sequence[str], rules: Sequence[RuleLike], lr_factor: float
+) -> dict[str, Decision]:
     decisions = dict.fromkeys(paths, NO_RULE)
     candidates = [path for path in paths if path.split(".")[0] in family.trainable_parts]
     for order, rule in enumerate(rules):
         hits = [path for path in candidates if describes(rule.match, path)]
         if not hits:
             raise _matches_nothing(family, rule.match, candidates)
-        rate = 0.0 if rule.freeze else float(rule.lr or 0.0)
+        rate = 0.0 if rule.freeze else float(rule.lr or 0.0) * lr_factor
         decisions.update(dict.fromkeys(hits, Decision(rule.match, order, rate)))
     return decisions
 

@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, DIM, GRID = "#1f2328", "#59636e", "#e3e6e9"
-COLOURS = {"validation": "#0b6bcb", "train_probe": "#c2570c", "forgetting": "#8250df"}
+COLOURS = {
+    **{"validation": "#0b6bcb", "train_probe": "#c2570c", "forgetting": "#8250df"},
+    **{"validation_ema": "#0a7f86", "train_probe_ema": "#a8790b"},
+}
 SERIES = ("#0b6bcb", "#c2570c", "#1a7f37", "#8250df", "#bf3989", "#6e7781")
 NAMES = {
     "validation": "Held-out images",
     "train_probe": "Training images",
     "forgetting": "Outside images",
+    "validation_ema": "Held-out images, EMA",
+    "train_probe_ema": "Training images, EMA",
 }
 _SIZE_INCHES = (6.0, 3.5)
 _FEW_POINTS = 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from sdprep import plugins
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section, load_recipe
+from sdtrain.averages import EmaSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -114,6 +116,9 @@ class TrainSection(Section):
         ge=0.0,
         allow_inf_nan=False,
         description='Shorthand for a first rule { match = "unet.**", lr = … }.',
+    )
+    lr_scaling: Literal["none", "sqrt"] = Field(
+        "none", description="Multiply every rate by the root of data.batch_size, or take it as is."
     )
     preset: str | None = Field(None, description="Shipped rule set, applied before `rules`.")
     rules: tuple[Rule, ...] = Field((), description="In order; the last that matches wins.")
@@ -247,6 +252,7 @@ class TrainRecipe(Section):
     weighting: WeightingSection = _default("weighting", "none")
     loss: LossSection = _default("loss", "mse")
     adapter: AdapterSection = _default("adapter", "full")
+    ema: EmaSection | None = None
     precision: PrecisionSection = PrecisionSection()
     validation: ValidationSection = ValidationSection()
     sampling: SamplingSection = SamplingSection()
@@ -261,12 +267,31 @@ class TrainRecipe(Section):
 
     @model_validator(mode="after")
     def _schedule_suits_optimizer(self) -> TrainRecipe:
-        if self.schedule.type in getattr(self.optimizer, "refuses_schedules", ()):
+        optimizer, schedule = self.optimizer, self.schedule.type
+        only = getattr(optimizer, "only_schedules", (schedule,))
+        if schedule in getattr(optimizer, "refuses_schedules", ()) or schedule not in only:
             raise ValueError(
-                f"optimizer {self.optimizer.type} cannot go with schedule {self.schedule.type}; "
+                f"optimizer {optimizer.type} cannot go with schedule {schedule}; "
                 "take another of the two"
             )
         return self
+
+    @model_validator(mode="after")
+    def _optimizer_suits_the_rest(self) -> TrainRecipe:
+        asked = {
+            "ema": self.ema is not None,
+            "lr_scaling": self.train.lr_scaling != "none",
+        }
+        for feature, why in getattr(self.optimizer, "refuses", {}).items():
+            if asked.get(feature):
+                raise ValueError(f"optimizer {self.optimizer.type} takes no {feature}: {why}")
+        return self
+
+    @property
+    def lr_factor(self) -> float:
+        """What every rate of the rules is multiplied by."""
+        is_scaled = self.train.lr_scaling == "sqrt"
+        return math.sqrt(self.data.batch_size) if is_scaled else 1.0
 
     def resolved(self) -> dict[str, Any]:
         """Every option with its value, as JSON and TOML can hold it.

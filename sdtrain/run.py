@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sdprep.console import say
 from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain import checkpoint
+from sdtrain.averages import Ema, is_schedule_free, put, weights_to_use
 from sdtrain.debias import LossFit
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.run_folder import RunFolder, versions
@@ -51,7 +53,8 @@ class Run:
         setup = self.setup
         self.trained = setup.plan.trained()
         self.names = {id(parameter): path for path, parameter in self.trained.items()}
-        self.optimizer = setup.recipe.optimizer.build(setup.plan.optimizer_groups())
+        self.optimizer = setup.optimizer()
+        self.ema = Ema(setup.recipe.ema, self.trained) if setup.recipe.ema else None
         self.loss, self.weighting = setup.loss(), setup.weighting()
         self.schedule = setup.schedule()
         self.frozen_start = {path: setup.start_hashes[path] for path in setup.plan.frozen}
@@ -90,6 +93,16 @@ class Run:
                 "Its learning rate may be too small to move a float32, or it gets no gradient.",
             )
 
+    def weights_to_use(self) -> AbstractContextManager[None]:
+        """The weights that evaluations, pictures and files take, in the model for a while."""
+        return weights_to_use(self.optimizer, self.trained)
+
+    def weights_to_hand_over(self) -> AbstractContextManager[None]:
+        """The weights of the finished model, in it for a while."""
+        if self.ema is not None and self.ema.section.hand_over:
+            return self.ema.in_place(self.trained)
+        return self.weights_to_use()
+
     def snapshot(self) -> checkpoint.Snapshot:
         """Everything, as it is now."""
         tensors, plain = checkpoint.optimizer_state(self.optimizer, self.names)
@@ -112,13 +125,23 @@ class Run:
             "trained_start": self.trained_start,
             "freeze_table": setup.plan.table(),
         }
-        trained = {path: p.detach().cpu().contiguous() for path, p in self.trained.items()}
-        return checkpoint.Snapshot(state, trained, tensors)
+        more: dict[str, dict[str, torch.Tensor]] = {}
+        with self.weights_to_use():
+            trained = cpu_tensors(self.trained, copy=is_schedule_free(self.optimizer))
+        if is_schedule_free(self.optimizer):
+            more["training_point"] = cpu_tensors(self.trained)
+        if self.ema is not None:
+            more["ema"] = cpu_tensors(self.ema.values)
+        return checkpoint.Snapshot(state, trained, tensors, more)
 
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
         """Go on from a checkpoint."""
         state = snapshot.state
         load_trained(self.setup.plan, snapshot.trained)
+        point = snapshot.more.get("training_point", {})
+        put({path: value for path, value in point.items() if path in self.trained}, self.trained)
+        if self.ema is not None:
+            self.ema.restart(self.trained, snapshot.more.get("ema"))
         checkpoint.restore_optimizer(
             self.optimizer, self.names, snapshot.optimizer, state["optimizer"]
         )
@@ -133,6 +156,14 @@ class Run:
         self.fit.restore(state["loss_fit"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def cpu_tensors(
+    tensors: Mapping[str, torch.Tensor], *, copy: bool = False
+) -> dict[str, torch.Tensor]:
+    """Tensors on the CPU, as a file takes them; on a CPU they are the same ones unless copied."""
+    found = {path: tensor.detach().to("cpu", copy=copy) for path, tensor in tensors.items()}
+    return {path: tensor.contiguous() for path, tensor in found.items()}
 
 
 def load_trained(plan: FreezePlan, saved: Mapping[str, torch.Tensor]) -> None:

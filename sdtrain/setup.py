@@ -24,7 +24,7 @@ from sdtrain.freezing import build_plan
 from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
 from sdtrain.loss_masks import BoxCensus, take_census
 from sdtrain.recipe import TrainRecipe
-from sdtrain.schedule import Schedule
+from sdtrain.schedule import Schedule, worst_step_ratio
 from sdtrain.weighting import Weighting
 
 
@@ -125,7 +125,25 @@ class Setup:
 
     def schedule(self) -> Schedule:
         """The recipe's schedule over the whole run."""
+        return self._schedule
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        """Built once: some simulate the whole run before they agree to it."""
         return self.recipe.schedule.build(self.total_samples, self.recipe.data.batch_size)
+
+    @cached_property
+    def worst_step_ratio(self) -> tuple[float, int]:
+        """Largest change of the rate between two steps after the warm-up, and its clock."""
+        warmup = getattr(self.recipe.schedule, "warmup_samples", 0)
+        batch = self.recipe.data.batch_size
+        return worst_step_ratio(self.schedule(), warmup, self.total_samples, batch)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh optimizer of what trains."""
+        config = self.recipe.optimizer
+        groups = self.plan.optimizer_groups(with_paths=getattr(config, "wants_paths", False))
+        return config.build(groups)
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""
@@ -149,6 +167,9 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     Raises:
         UserError: anything that cannot be used, said before any training.
     """
+    require = getattr(recipe.optimizer, "require", None)
+    if require is not None:
+        require()
     device = pick_device(recipe.precision.device)
     masks = recipe.mask.build()
     data = open_data(recipe.data, recipe.prompt, with_boxes=masks is not None)
@@ -183,7 +204,14 @@ def open_model(
     hashes = {path: tensor_hash(tensor) for path, tensor in family.named_parameters()}
     adapter = recipe.adapter.build()
     train = recipe.train
-    plan = build_plan(family, train.rules, adapter, lr=train.lr, preset=train.preset)
+    plan = build_plan(
+        family,
+        train.rules,
+        adapter,
+        lr=train.lr,
+        preset=train.preset,
+        lr_factor=recipe.lr_factor,
+    )
     plan.check_expected(train.expect_percent)
     return family, adapter, hashes, plan
 

@@ -131,8 +131,14 @@ class ProbeSet:
         return self._latents[index]
 
 
-def evaluate(probe_set: ProbeSet, samples_seen: int) -> dict[str, Any]:
+def evaluate(probe_set: ProbeSet, samples_seen: int, variant: str = "") -> dict[str, Any]:
     """Evaluate the model as it is, keep the matrix on disk, and compare it with sample 0.
+
+    Args:
+        probe_set: what is evaluated.
+        samples_seen: the clock.
+        variant: which other weights of the run are in the model, such as `ema`. Their matrices lie
+            in `<variant>/<probe_id>/` beside those of the run itself.
 
     Returns:
         the validation line for `metrics.jsonl`.
@@ -142,14 +148,15 @@ def evaluate(probe_set: ProbeSet, samples_seen: int) -> dict[str, Any]:
     """
     assert probe_set.folder is not None, "open_probes says where matrices go"
     matrix = probe_set.evaluate()
-    path = probe_set.folder / f"{samples_seen}.npz"
-    matrix.save(path, [image.id for image in probe_set.probe.images])
-    start = matrix if samples_seen == 0 else LossMatrix.load(probe_set.folder / "0.npz")
+    probe, folder = probe_set.probe, probe_set.folder
+    place = probe.save(folder.parent / variant) if variant else folder
+    matrix.save(place / f"{samples_seen}.npz", [image.id for image in probe.images])
+    start = matrix if samples_seen == 0 else LossMatrix.load(folder / "0.npz")
     change = compare(start.weighted, matrix.weighted)
     return {
         "kind": "validation",
         "samples_seen": samples_seen,
-        "set": probe_set.probe.name,
+        "set": f"{probe.name}_{variant}" if variant else probe.name,
         "mean": matrix.mean,
         "change_percent": change.change_percent,
         "ci95_percent": change.ci95_percent,
@@ -157,7 +164,7 @@ def evaluate(probe_set: ProbeSet, samples_seen: int) -> dict[str, Any]:
         # sample 0 compared with itself says nothing about what can be resolved
         "resolves_percent": change.resolves_percent if samples_seen else None,
         "bins": _bins(matrix, start),
-        "probe_id": probe_set.probe.probe_id,
+        "probe_id": probe.probe_id,
     }
 
 

@@ -57,6 +57,8 @@ def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = 
     folder.require_ours()
     setup = open_setup(recipe)
     talk.print(setup.plan.table(), markup=False, soft_wrap=True)
+    worst, where = setup.worst_step_ratio
+    say(f"from one step to the next the rate changes by ×{worst:.4g} at most, at {where:,} samples")
     with folder.writing(), StopRequest() as stop:
         run = begin(setup, folder, resume=resume, accept=accept)
         if not run.is_finished:
@@ -139,7 +141,8 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
                     log(trackers, line)
                 page.refresh(run.folder)
             if is_due(run, sample_every, before) and recipe.sampling.prompts:
-                sampling.draw(setup, run.folder.samples, run.samples_seen)
+                with run.weights_to_use():
+                    sampling.draw(setup, run.folder.samples, run.samples_seen)
             if run.step and (stop.is_set or is_due(run, save_every, before)):
                 save(run, trackers)
             if stop.is_set:
@@ -165,7 +168,11 @@ def steps(run: Run) -> Iterator[Parts]:
 
 def evaluate(run: Run, probes: Sequence[ProbeSet]) -> list[dict[str, Any]]:
     """One validation line for each probe, kept in the run's history."""
-    lines = [stable_eval.evaluate(probe, run.samples_seen) for probe in probes]
+    with run.weights_to_use():
+        lines = [stable_eval.evaluate(probe, run.samples_seen) for probe in probes]
+    if run.ema is not None:
+        with run.ema.in_place(run.trained):
+            lines += [stable_eval.evaluate(probe, run.samples_seen, "ema") for probe in probes]
     if lines:
         talk.print(wording.moment(lines, stable_eval.verdict(lines)), markup=False, soft_wrap=True)
     if lines and run.samples_seen and all(not line["samples_seen"] for line in run.evaluations):
@@ -188,7 +195,8 @@ def hand_over(run: Run) -> None:
     final = run.folder.model
     temporary = final.with_name(f".{final.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
-    run.setup.adapter.save(run.setup.family, temporary)
+    with run.weights_to_hand_over():
+        run.setup.adapter.save(run.setup.family, temporary)
     temporary.replace(final)
 
 

@@ -42,7 +42,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     lr_factor = run.schedule(run.samples_seen)
     rates = {group.name: group.lr * lr_factor for group in setup.plan.groups}
     for group in run.optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
+        group["lr"] = rates[group.get("rule", group["name"])]
 
     positions: list[int] = []
     levels: list[float] = []
@@ -73,6 +73,8 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     _check_losses(run, losses_by_slot, [slot.sample_id for slot in step.slots])
     grad_norm = _update(run, [slot.sample_id for slot in step.slots])
 
+    if run.ema is not None:
+        run.ema.update(run.trained, len(step.slots))
     run.samples_seen += len(step.slots)
     run.step += 1
     run.masked_out += len(step.slots) - len(left)

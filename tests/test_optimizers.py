@@ -16,15 +16,16 @@ from sdprep.plugins import config_for, configs
 from sdprep.recipe import options
 from sdtrain import checkpoint
 from sdtrain.adapters.full import Full
+from sdtrain.averages import weights_to_use
 from sdtrain.freezing import Rule, build_plan
 from sdtrain.recipe import TrainRecipe
 from sdtrain.update import _found_rates
 from tests.tiny import load_tiny
 
 PACKAGES = {
-    **{"adafactor": "", "adamw": "", "sgd": ""},
+    **{"adafactor": "", "adamw": "", "muon": "", "sgd": ""},
     **{"adamw8bit": "bitsandbytes", "lion": "bitsandbytes"},
-    **{"came": "came_pytorch", "prodigy": "prodigyopt"},
+    **{"came": "came_pytorch", "prodigy": "prodigyopt", "schedule_free": "schedulefree"},
 }
 SHAPES = {
     "matrix": (64, 128),
@@ -117,8 +118,9 @@ def test_the_recipe_says_the_rates_and_settings_after_a_resume(name: str) -> Non
     resumed = built(name, trained, weight_decay=0.5)
     names = {id(parameter): path for path, parameter in trained.items()}
     checkpoint.restore_optimizer(resumed, names, snapshot.optimizer, snapshot.state["optimizer"])
-    assert [group["lr"] for group in resumed.param_groups] == [0.01, 0.01]
-    assert [group["weight_decay"] for group in resumed.param_groups] == [0.5, 0.5]
+    assert len(resumed.param_groups) >= 2
+    assert {group["lr"] for group in resumed.param_groups} == {0.01}
+    assert {group["weight_decay"] for group in resumed.param_groups} == {0.5}
 
 
 def test_frozen_parameters_own_no_state(tiny_model: Callable[[str], Path]) -> None:
@@ -161,6 +163,85 @@ def test_eight_bits_stay_close_to_adamw() -> None:
     start = parameters()["matrix"]
     moved = (exact["matrix"] - start).norm()
     assert (small["matrix"] - exact["matrix"]).norm() < 0.05 * moved
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_state_takes_as_many_bytes_as_it_says(name: str) -> None:
+    for settings in {"sgd": [{}, {"momentum": 0.9}], "prodigy": [{}, {"slice_p": 1}]}.get(
+        name, [{}]
+    ):
+        trained = parameters()
+        trained["small"] = torch.nn.Parameter(torch.ones(4095))
+        trained["large"] = torch.nn.Parameter(torch.ones(8193))
+        optimizer = built(name, trained, **settings)
+        advance(optimizer, trained, 0, 1)
+        said = config(name, **settings)
+        for path, parameter in trained.items():
+            kept = {
+                key: value
+                for key, value in optimizer.state.get(parameter, {}).items()
+                if isinstance(value, torch.Tensor) and value.ndim and "qmap" not in key
+            }
+            bytes_kept = sum(value.numel() * value.element_size() for value in kept.values())
+            if (name, path) == ("prodigy", "zero"):  # where it starts is a zero without dims
+                bytes_kept += 4 * -(-parameter.numel() // said.slice_p)
+            assert said.state_bytes(path, parameter.shape) == bytes_kept, (path, list(kept))
+
+
+def test_muon_is_that_of_torch_on_matrices_and_adamw_elsewhere() -> None:
+    trained, alone = parameters(), parameters()
+    groups = [{"params": list(trained.values()), "paths": list(trained), "lr": 0.01, "name": "a"}]
+    groups[0]["paths"] = ["time_embedding" if path == "wide" else path for path in trained]
+    optimizer = config("muon", weight_decay=0.1).build(groups)
+    assert [(g["name"], g["rule"]) for g in optimizer.param_groups] == [
+        ("a (muon)", "a"),
+        ("a (adamw)", "a"),
+    ]
+    matrices = [alone["matrix"], alone["zero"]]
+    theirs = [
+        torch.optim.Muon(
+            matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", momentum=0.95
+        ),
+        torch.optim.AdamW([alone["wide"], alone["conv"], alone["bias"]], lr=0.01, weight_decay=0.1),
+    ]
+    for _ in range(3):
+        for mine, other in zip(trained.values(), alone.values(), strict=True):
+            mine.grad, other.grad = mine.detach().sin(), other.detach().sin()
+        optimizer.step()
+        for each in theirs:
+            each.step()
+    assert bits(trained) == bits(alone)
+    assert set(optimizer.state[trained["matrix"]]) == {"momentum_buffer"}
+
+
+def test_a_torch_without_muon_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r"needs torch 2\.9"):
+        config("muon").require()
+
+
+def test_adamw_is_fused_where_asked() -> None:
+    for asked, expected in (("auto", None), (True, True), (False, None)):
+        assert built("adamw", parameters(), fused=asked).param_groups[0]["fused"] is expected
+
+
+def test_schedule_free_gives_other_weights_than_it_trains_and_takes_nothing_back() -> None:
+    trained = parameters()
+    optimizer = built("schedule_free", trained)
+    advance(optimizer, trained, 0, 5)
+    training_point, state = bits(trained), bits(taken(optimizer, trained).optimizer)
+    with weights_to_use(optimizer, trained):
+        average = {path: p.detach().clone() for path, p in trained.items()}
+    assert bits(trained) == training_point
+    assert bits(taken(optimizer, trained).optimizer) == state
+    for path, parameter in trained.items():
+        z = optimizer.state[parameter]["z"]
+        torch.testing.assert_close(0.9 * average[path] + 0.1 * z, parameter.detach())
+    assert not torch.equal(average["matrix"], trained["matrix"])
+    advance(optimizer, trained, 5, 6)  # still in the mode of training
+    adamw = built("adamw", parameters())
+    with weights_to_use(adamw, trained):
+        assert all(group["params"] for group in adamw.param_groups)
 
 
 def test_settings_are_those_of_the_authors() -> None:
@@ -219,6 +300,8 @@ def test_a_missing_package_is_named_with_its_extra(
     parameter = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(MissingExtraError, match=PACKAGES[name]) as caught:
         config_for("optimizer", name)().build([{"params": [parameter], "lr": 1.0, "name": "all"}])
+    with pytest.raises(MissingExtraError, match=PACKAGES[name]):
+        config_for("optimizer", name)().require()
     assert caught.value.extra == "optim"
     assert f"optimizer {name}" in caught.value.message
 

@@ -115,3 +115,36 @@ def test_toml_leaves_out_none_and_refuses_what_it_cannot_hold() -> None:
     assert tomllib.loads(toml_text({"a": None, "b": {"c": None, "d": 1}})) == {"b": {"d": 1}}
     with pytest.raises(TypeError, match="object"):
         toml_text({"a": object()})
+
+
+def test_a_table_without_a_type_is_that_of_the_default(train_recipe: Callable[..., Path]) -> None:
+    path = train_recipe()
+    text = path.read_text(encoding="utf-8").replace('type = "cosine"\n', "")
+    tables = "\n[optimizer]\nbetas = [0.8, 0.9]\n[loss]\n[adapter]\n"
+    path.write_text(text.replace('type = "min_snr"\n', "") + tables, encoding="utf-8")
+    recipe = load_train_recipe(path)
+    assert (recipe.optimizer.type, recipe.optimizer.betas) == ("adamw", (0.8, 0.9))
+    assert (recipe.schedule.type, recipe.schedule.warmup_samples) == ("constant", 4)
+    assert (recipe.weighting.type, recipe.loss.type, recipe.adapter.type) == ("none", "mse", "full")
+    message = failing(path, "optimizer.beta=1.0", "adapter.rank=4", "schedule.half_cycle_samples=3")
+    assert "optimizer.beta = 1.0" in message
+    assert "did you mean optimizer.betas?" in message
+    assert "adapter.type = full has no such key, though another type has" in message
+    assert "schedule.type = constant has no such key" in message
+
+
+def test_rates_grow_with_the_root_of_the_batch_on_request(
+    train_recipe: Callable[..., Path],
+) -> None:
+    from sdtrain.check import check
+
+    plain = check(load_train_recipe(train_recipe()))
+    scaled = check(load_train_recipe(train_recipe(), ["train.lr_scaling=sqrt"]))
+    assert plain["learning_rate"]["lr"]["unet.**"][0] == pytest.approx(1e-3 / 5)
+    assert scaled["learning_rate"]["lr"]["unet.**"][0] == pytest.approx(2e-3 / 5)
+    assert scaled["learning_rate"]["scaled_by"] == 2
+    assert scaled["learning_rate"]["per_sample_root"]["unet.**"] == pytest.approx(1e-3)
+    assert [row["lr"] for row in scaled["freeze"]["rows"] if row["part"] == "unet"] == [2e-3]
+    assert "multiplied by 2" in scaled["freeze"]["notes"][0]
+    ours = plain["memory"]
+    assert ours["optimizer"] == 2 * ours["gradients"]

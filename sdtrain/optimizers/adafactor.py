@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from sdprep.recipe import Section
+from sdtrain.optimizers._package import factored_bytes
 
 
 class Config(Section):
@@ -27,6 +28,10 @@ class Config(Section):
         ge=0,
         description="Gradients are scaled down to this norm; 0 leaves them, it clips itself.",
     )
+
+    def state_bytes(self, path: str, shape: Sequence[int]) -> int:
+        """Bytes of state for one trained parameter."""
+        return factored_bytes(shape)
 
     def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, each `{"params": […], "lr": …, "name": …}`."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from sdprep.recipe import Section
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
+from sdtrain.optimizers._package import Beta, whole_bytes
 
 
 class Config(Section):
-    """AdamW of torch; fused on CUDA."""
+    """AdamW of torch."""
 
     type: Literal["adamw"] = "adamw"
     betas: tuple[Beta, Beta] = Field(
@@ -25,15 +24,23 @@ class Config(Section):
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
     )
+    fused: bool | Literal["auto"] = Field(
+        "auto", description='All of a step in one kernel; "auto": where everything is on a GPU.'
+    )
+
+    def state_bytes(self, path: str, shape: Sequence[int]) -> int:
+        """Bytes of state for one trained parameter."""
+        return whole_bytes(shape, 2)
 
     def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, each `{"params": […], "lr": …, "name": …}`."""
         groups = list(groups)
         on_cuda = all(p.device.type == "cuda" for group in groups for p in group["params"])
+        fused = on_cuda if self.fused == "auto" else self.fused
         return torch.optim.AdamW(
             groups,
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            fused=on_cuda or None,
+            fused=fused or None,
         )

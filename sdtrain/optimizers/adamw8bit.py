@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from sdprep.recipe import Section
-from sdtrain.optimizers._package import Beta, optional
+from sdtrain.optimizers._package import Beta, optional, quantized_bytes
 
 
 class Config(Section):
@@ -24,6 +24,14 @@ class Config(Section):
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
     )
+
+    def state_bytes(self, path: str, shape: Sequence[int]) -> int:
+        """Bytes of state for one trained parameter."""
+        return quantized_bytes(shape, 2)
+
+    def require(self) -> None:
+        """Refuse a package that is not installed, before anything is opened."""
+        optional("bitsandbytes", self.type)
 
     def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, each `{"params": […], "lr": …, "name": …}`."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from sdprep.recipe import Section
-from sdtrain.optimizers._package import UNUSED_LR, Beta, optional
+from sdtrain.optimizers._package import UNUSED_LR, Beta, factored_bytes, optional, whole_bytes
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -31,6 +31,15 @@ class Config(Section):
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
     )
+
+    def state_bytes(self, path: str, shape: Sequence[int]) -> int:
+        """Bytes of state for one trained parameter."""
+        squares = factored_bytes(shape) * (2 if len(shape) > 1 else 1)  # square and instability
+        return whole_bytes(shape, 1) + squares
+
+    def require(self) -> None:
+        """Refuse a package that is not installed, before anything is opened."""
+        optional("came_pytorch", self.type)
 
     def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, each `{"params": […], "lr": …, "name": …}`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from pydantic import Field
 from sdprep.console import warn
 from sdprep.errors import UserError
 from sdprep.recipe import Section
-from sdtrain.optimizers._package import Beta, optional
+from sdtrain.optimizers._package import FLOAT32_BYTES, Beta, optional, whole_bytes
 
 COUNTED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
 """What it finds and counts in its groups; a checkpoint brings it back."""
@@ -24,6 +25,10 @@ class Config(Section):
 
     type: Literal["prodigy"] = "prodigy"
     refuses_schedules: ClassVar[tuple[str, ...]] = ("restarts",)
+    refuses: ClassVar[dict[str, str]] = {
+        "lr_scaling": "it finds the size of its steps itself",
+        "phases": "it finds one size of step for everything that trains",
+    }
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="Decay of the running mean and of the running square."
     )
@@ -36,6 +41,14 @@ class Config(Section):
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
     )
+
+    def state_bytes(self, path: str, shape: Sequence[int]) -> int:
+        """Bytes of state for one trained parameter."""
+        return whole_bytes(shape, 2) + 2 * FLOAT32_BYTES * -(-prod(shape) // self.slice_p)
+
+    def require(self) -> None:
+        """Refuse a package that is not installed, before anything is opened."""
+        optional("prodigyopt", self.type)
 
     def build(self, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of parameter groups, each `{"params": […], "lr": …, "name": …}`.
