@@ -45,6 +45,8 @@ class Batch:
         u: (B,) float64 in [0, 1), the noise level; it stays on the CPU, where looking up tables
             never makes the device wait.
         mask: (B, 1, h, w) float32 in 0..1, what each latent counts in the loss; None: all alike.
+        input_noise: (B, C, h, w) float32, what the input gets on top of the noise that the target
+            is made of; None: nothing.
     """
 
     ids: list[str]
@@ -55,6 +57,7 @@ class Batch:
     noise: Tensor
     u: Tensor
     mask: Tensor | None = None
+    input_noise: Tensor | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -69,6 +72,8 @@ class Batch:
         if self.mask is not None:
             counts["mask"] = len(self.mask)
             assert self.mask.dtype == torch.float32, f"mask must be float32, not {self.mask.dtype}"
+        if self.input_noise is not None:
+            counts["input_noise"] = len(self.input_noise)
         assert len(set(counts.values())) == 1, f"parts of a batch differ in length: {counts}"
         assert self.u.dtype == torch.float64, f"u must be float64, not {self.u.dtype}"
         assert self.noise.dtype == torch.float32, f"noise must be float32, not {self.noise.dtype}"
@@ -84,10 +89,8 @@ class Batch:
         return (self.mask.flatten(1) == 0).all(1).tolist()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with pixels, noise and mask on `device`, copied without waiting."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, non_blocking=True),
-            noise=self.noise.to(device, non_blocking=True),
-            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
-        )
+        """The same batch with its images, noise and mask on `device`, copied without waiting."""
+        names = ("pixels", "noise", "mask", "input_noise")
+        there = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        moved = {name: part.to(device, non_blocking=True) for name, part in there.items()}
+        return replace(self, **moved)

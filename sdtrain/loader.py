@@ -17,7 +17,8 @@ from torch import Tensor
 from sdprep.errors import DataError, UserError
 from sdtrain.batch import Batch, MicroConditioning
 from sdtrain.buckets import Slot, Step, micro_batches
-from sdtrain.noise import independent_u, noise_for, stratified_u
+from sdtrain.noise import independent_u, stratified_u
+from sdtrain.noise_options import PLAIN, NoiseSection
 from sdtrain.pixels import training_crop, training_view
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class BatchReader:
         latent_shape: channels, and pixels per latent along a side.
         flip_prob: probability of a mirrored image.
         masks: what of the pictures counts less; None: batches have no mask.
+        noise: what the noise has besides itself.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class BatchReader:
         latent_shape: tuple[int, int],
         flip_prob: float,
         masks: LossMasks | None = None,
+        noise: NoiseSection = PLAIN,
     ) -> None:
         self._rows, self._seed, self._flip_prob, self._masks = rows, seed, flip_prob, masks
         self._channels, self._scale = latent_shape
+        self._noise = noise
 
     def __getitem__(self, micro: MicroBatch) -> tuple[MicroBatch, Batch] | Failure:
         try:
@@ -94,21 +98,23 @@ class BatchReader:
         views = [self._view(slot) for slot in slots]
         height, width = slots[0].bucket.size_hw
         shape = (self._channels, height // self._scale, width // self._scale)
-        noise = [noise_for(self._seed, "noise", s.sample_id, s.visit, shape) for s in slots]
+        drawn = [self._noise.draw((self._seed, s.sample_id, s.visit), shape) for s in slots]
+        more = [extra for _, extra in drawn if extra is not None]
         return Batch(
             ids=[slot.sample_id for slot in slots],
             visits=[slot.visit for slot in slots],
             pixels=torch.stack([pixels for pixels, _ in views]),
             prompts=[slot.text.prompt for slot in slots],
             micro=[micro for _, micro in views],
-            noise=torch.stack(noise),
+            noise=torch.stack([noise for noise, _ in drawn]),
             u=torch.tensor(list(u), dtype=torch.float64),
             mask=self._mask(slots, [micro for _, micro in views]),
+            input_noise=torch.stack(more) if more else None,
         )
 
     def num_left(self, slots: Sequence[Slot]) -> int:
         """How many of some slots have a mask that leaves something of them; reads no picture."""
-        if self._masks is None or self._masks.weight:
+        if self._masks is None or self._masks.weight or not self._masks.normalise:
             return len(slots)
         return sum(bool((self._weights(self._masks, slot) > 0).any()) for slot in slots)
 

@@ -20,6 +20,7 @@ from sdtrain.pixels import Crop
 
 if TYPE_CHECKING:
     from sdtrain.dataset import Rows
+    from sdtrain.family import Loss
 
 ALL_LABELS = "*"
 
@@ -33,10 +34,13 @@ class LossMasks:
     Args:
         labels: of the boxes that are masked; `ALL_LABELS` stands for every label.
         weight: of what lies inside a box, 0..1; outside it is 1.
+        normalise: whether the loss of a sample is its mean over what counts. Otherwise it is
+            divided by all latents, so that masked pictures train more weakly.
     """
 
     labels: tuple[str, ...]
     weight: float
+    normalise: bool = True
 
     def takes(self, label: str | None) -> bool:
         """Whether boxes of this label are masked."""
@@ -126,6 +130,24 @@ def mean_per_sample(values: Tensor, mask: Tensor | None) -> Tensor:
     weights = mask.expand_as(values).flatten(1)
     total = weights.sum(1)
     return (weights * values.flatten(1)).sum(1) / torch.where(total > 0, total, 1.0)
+
+
+def over_all_latents(loss: Loss) -> Loss:
+    """The same loss as Σ mask · values / number of values, which is what sd-scripts does."""
+
+    def weaker(
+        prediction: Tensor,
+        target: Tensor,
+        *,
+        u: Tensor,
+        logsnr: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B,) float32."""
+        values = loss(prediction, target, u=u, logsnr=logsnr, mask=mask)
+        return values if mask is None else values * mask.flatten(1).mean(1)
+
+    return weaker
 
 
 def _line(rows: Rows, row: int, boxes: Sequence[Mapping[str, Any]]) -> bytes:

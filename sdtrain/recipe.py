@@ -15,6 +15,7 @@ from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section, load_recipe
 from sdtrain.averages import EmaSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
+from sdtrain.noise_options import NoiseSection
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -73,6 +74,9 @@ class MaskSection(Section):
     weight: Prob = Field(
         0.0, description="What counts inside a box: 0 nothing, 1 as much as outside."
     )
+    normalise: bool = Field(
+        True, description="Mean over what counts; false: over all, as sd-scripts (less is learnt)."
+    )
 
     @field_validator("boxes", mode="after")
     @classmethod
@@ -85,7 +89,7 @@ class MaskSection(Section):
 
     def build(self) -> LossMasks | None:
         """The masks; None where there are none."""
-        return LossMasks(self.boxes, self.weight) if self.boxes else None
+        return LossMasks(self.boxes, self.weight, self.normalise) if self.boxes else None
 
 
 class Rule(Section):
@@ -243,6 +247,7 @@ class TrainRecipe(Section):
     model: ModelSection
     data: DataSection
     mask: MaskSection = MaskSection()
+    noise: NoiseSection = NoiseSection()
     prompt: PromptPolicy = Field(
         PromptPolicy(), description="Overrides of the prompt policy that came with the data set."
     )

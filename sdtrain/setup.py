@@ -22,7 +22,7 @@ from sdtrain.family import Family, Loss
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.freezing import build_plan
 from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
-from sdtrain.loss_masks import BoxCensus, take_census
+from sdtrain.loss_masks import BoxCensus, over_all_latents, take_census
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule, worst_step_ratio
 from sdtrain.weighting import Weighting
@@ -111,11 +111,13 @@ class Setup:
             latent_shape=(self.family.latent_channels, self.family.vae_scale_factor),
             flip_prob=self.recipe.data.flip_prob,
             masks=self.recipe.mask.build(),
+            noise=self.recipe.noise,
         )
 
     def loss(self) -> Loss:
         """The recipe's loss."""
-        return self.recipe.loss.build()
+        loss: Loss = self.recipe.loss.build()
+        return loss if self.recipe.mask.normalise else over_all_latents(loss)
 
     def weighting(self) -> Weighting:
         """The recipe's weighting; one without a rule for this model is refused here."""
@@ -149,6 +151,8 @@ class Setup:
         """What must be the same for a checkpoint to be continued."""
         recipe = self.recipe.resolved()
         del recipe["prompt"]  # only the policy that results from it counts
+        if self.recipe.noise.is_plain:
+            del recipe["noise"]
         if self.boxes is None:
             del recipe["mask"]
         else:

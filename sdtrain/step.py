@@ -35,7 +35,8 @@ def denoising_loss(
         scale.to(device, non_blocking=True).view(-1, 1, 1, 1)
         for scale in family.alpha_sigma(batch.u)
     )
-    noisy_latents = alpha * latents + sigma * batch.noise  # float32
+    noise = batch.noise if batch.input_noise is None else batch.noise + batch.input_noise
+    noisy_latents = alpha * latents + sigma * noise  # float32
     target = family.target(latents, batch.noise, batch.u)
     with family.autocast():
         if conditioning is None:

@@ -14,6 +14,7 @@ from sdtrain import checkpoint
 from sdtrain.batch import Batch
 from sdtrain.loader import MicroBatch
 from sdtrain.run import Run
+from sdtrain.setup import Setup
 from sdtrain.step import denoising_loss
 
 MOST_SKIPPED_STEPS = 20
@@ -52,7 +53,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     for micro, batch in parts:
         # Counted before the first backward, from the boxes alone. If none is left all losses are 0.
         num_samples = num_samples or max(1, setup.reader().num_left(micro.step.slots))
-        masked += batch.is_masked_out
+        masked += masked_out(setup, batch)
         batch = batch.to(setup.device)
         losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
         logsnr = setup.family.logsnr(batch.u)
@@ -93,6 +94,11 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         **_found_rates(run.optimizer),
     }
     return line if setup.boxes is None else {**line, "masked_out": len(step.slots) - len(left)}
+
+
+def masked_out(setup: Setup, batch: Batch) -> list[bool]:
+    """(B) which samples are left out of the step, because nothing of them counts."""
+    return batch.is_masked_out if setup.recipe.mask.normalise else [False] * len(batch)
 
 
 def _found_rates(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:

@@ -256,6 +256,31 @@ def test_a_step_equals_plain_torch_without_the_sample_that_is_all_box(
     assert run.samples_seen % 4 == 0  # the clock counts every sample
 
 
+def test_without_normalising_masked_pictures_train_more_weakly(
+    boxed: Path, train_recipe: Recipe
+) -> None:
+    """Σ w·d² over all latents and over every sample of the step, as sd-scripts has it."""
+    run = fresh(train_recipe(data=boxed), WATERMARKS, "mask.normalise=false")
+    setup = run.setup
+    run.samples_seen = with_the_whole_one(setup)
+    total = 0.0
+    for micro in setup.micro_batches(run.samples_seen):
+        batch = setup.reader().batch(micro.slots, micro.u)
+        with torch.no_grad():
+            latents = setup.family.encode_images(batch.pixels)
+            text = setup.family.encode_prompts(batch.prompts)
+            alpha, sigma = (s.view(-1, 1, 1, 1) for s in setup.family.alpha_sigma(batch.u))
+            noisy = alpha * latents + sigma * batch.noise
+            d = setup.family.predict(noisy, batch.u, text, batch.micro) - batch.noise
+        weights = (5 * (sigma / alpha).flatten() ** 2).clamp(max=1)
+        total += float((weights * (batch.mask * d * d).mean((1, 2, 3))).sum())
+        if micro.is_last:
+            break
+    line = take_step(run, next(steps(run)))
+    assert line["loss"] == pytest.approx(total / 4, rel=1e-5)
+    assert line["masked_out"] == run.masked_out == 0
+
+
 def test_a_step_of_nothing_but_boxes_is_no_error(train_recipe: Recipe, tmp_path: Path) -> None:
     rows = [prepared_row(n, boxes=[box("watermark", (0, 0, 1, 1))]) for n in range(4)]
     run = fresh(train_recipe(data=write_prepared(tmp_path / "whole", rows)), WATERMARKS)
@@ -298,7 +323,7 @@ def test_check_counts_and_inspect_shows(boxed: Path, train_recipe: Recipe, tmp_p
     page = (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
     assert page.count("loss mask") == len(shown) == 8
     conditions = setup.conditions()
-    assert conditions["mask"] == {"boxes": ["watermark"], "weight": 0.0}
+    assert conditions["mask"] == {"boxes": ["watermark"], "weight": 0.0, "normalise": True}
     other = open_setup(load_train_recipe(train_recipe(data=boxed), ['mask.boxes=["text"]']))
     assert other.conditions()["boxes_fingerprint"] != conditions["boxes_fingerprint"]
 

@@ -20,16 +20,17 @@ def level(count: int) -> dict[str, torch.Tensor]:
 
 
 def test_every_loss_is_tested_here() -> None:
-    assert list(configs("loss")) == ["huber", "mse", "smooth_l1"]
+    assert list(configs("loss")) == ["huber", "l1", "log_cosh", "mse", "smooth_l1"]
 
 
-@pytest.mark.parametrize("name", ["huber", "mse", "smooth_l1"])
+@pytest.mark.parametrize("name", ["huber", "l1", "log_cosh", "mse", "smooth_l1"])
 def test_formulas_give_one_number_per_sample(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.randn(2, 3, 4, 5, 6, generator=generator)
     d = (prediction - target).double()
     root = (d**2 + 0.01).sqrt() - 0.1
-    expected = {"mse": d**2, "huber": 0.2 * root, "smooth_l1": 2 * root}[name].mean((1, 2, 3))
+    values = {"mse": d**2, "huber": 0.2 * root, "smooth_l1": 2 * root, "l1": d.abs()}
+    expected = {**values, "log_cosh": d.cosh().log()}[name].mean((1, 2, 3))
     loss = config_for("loss", name)().build()
     got = loss(prediction, target, **level(3))
     assert got.dtype == torch.float32
@@ -77,3 +78,18 @@ def test_robust_losses_keep_their_digits_and_gradients_for_tiny_errors() -> None
     config_for("loss", "huber")().build()(zero, torch.zeros(1, 4), **level(1)).sum().backward()
     assert zero.grad is not None
     assert bool(torch.isfinite(zero.grad).all())
+
+
+def test_log_cosh_at_both_ends() -> None:
+    loss = config_for("loss", "log_cosh")().build()
+    values = torch.tensor([[1e-4], [0.999999], [1.0], [-1.0], [500.0], [-500.0], [0.0]])
+    prediction = values.clone().requires_grad_()
+    got = loss(prediction, torch.zeros(7, 1), **level(7))
+    exact = values[:4, 0].double().cosh().log().tolist()
+    expected = [*exact, 500 - math.log(2), 500 - math.log(2), 0.0]
+    assert got.tolist() == pytest.approx(expected, rel=1e-5)
+    got.sum().backward()
+    assert prediction.grad is not None
+    assert prediction.grad.flatten().tolist() == pytest.approx(
+        values.flatten().tanh().tolist(), rel=1e-5
+    )

@@ -36,7 +36,9 @@ def snr() -> torch.Tensor:
 
 
 def test_every_weighting_is_tested_here() -> None:
-    assert list(configs("weighting")) == ["debiased", "min_snr", "none"]
+    assert list(configs("weighting")) == [
+        *("cosmap", "debiased", "min_snr", "none", "p2", "sigma_sqrt")
+    ]
 
 
 @pytest.mark.parametrize("t", list(TABLE))
@@ -120,8 +122,17 @@ def test_the_v_forms_of_other_trainers() -> None:
         torch.testing.assert_close(got, torch.tensor(expected))
 
 
-@pytest.mark.parametrize("name", ["debiased", "min_snr", "none"])
-@pytest.mark.parametrize("kind", PREDICTIONS)
+RULES = {  # which prediction types each weighting has a formula for
+    "cosmap": ("flow",),
+    "debiased": PREDICTIONS,
+    "min_snr": PREDICTIONS,
+    "none": PREDICTIONS,
+    "p2": ("epsilon", "v_prediction"),
+    "sigma_sqrt": ("flow",),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, kinds in RULES.items() for k in kinds])
 def test_weights_are_finite_at_both_ends(name: str, kind: str) -> None:
     snr = torch.tensor([0.0, 1e-30, 1.0, 1e30, float("inf")])
     forms = ("derived", "sd_scripts", "onetrainer") if name == "debiased" else (None,)
@@ -133,7 +144,51 @@ def test_weights_are_finite_at_both_ends(name: str, kind: str) -> None:
         assert bool((weights >= 0).all())
 
 
-@pytest.mark.parametrize("name", ["debiased", "min_snr"])
-def test_an_unknown_prediction_type_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="no rule for prediction type 'sample'"):
-        weighting(name)(torch.ones(2), "sample")
+def test_p2_is_a_power_of_the_share_of_noise(snr: torch.Tensor) -> None:
+    noise = 1 - alphas_cumprod_of({})  # 1/(1 + SNR) is the share of noise
+    for gamma in (0.0, 0.5, 1.0, 2.0):
+        for kind in RULES["p2"]:
+            got = weighting("p2", gamma=gamma)(snr, kind).double()
+            torch.testing.assert_close(got, noise**gamma, rtol=1e-5, atol=0)
+    assert weighting("p2")(torch.tensor([0.0, 3.0]), "epsilon").tolist() == [1.0, 0.25]
+
+
+def test_the_flow_columns_by_the_fraction_of_noise() -> None:
+    u = torch.tensor([0.002, 0.1, 0.5, 0.9], dtype=torch.float64)
+    snr = ((1 - u) / u) ** 2
+    one_minus = 1 - 2 * u + 2 * u**2
+    expected = {
+        "cosmap": 2 / (torch.pi * one_minus),
+        "sigma_sqrt": u**-2,
+        "min_snr": u**2 * snr.clamp(max=5),
+        "debiased": u * (1 - u),
+    }
+    for name, values in expected.items():
+        got = weighting(name)(snr, "flow").double()
+        torch.testing.assert_close(got, values, rtol=1e-6, atol=0)
+    middle = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    levels = weighting("cosmap")(((1 - middle) / middle) ** 2, "flow")
+    assert float(levels.double().mean()) == pytest.approx(1, abs=1e-6)
+    assert float(weighting("sigma_sqrt")(torch.tensor([float("inf")]), "flow")) == pytest.approx(
+        1e6
+    )
+
+
+def test_the_flow_columns_are_what_diffusers_computes() -> None:
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    u = torch.tensor([0.01, 0.3, 0.5, 0.97], dtype=torch.float64)
+    snr = ((1 - u) / u) ** 2
+    for name in ("cosmap", "sigma_sqrt"):
+        theirs = compute_loss_weighting_for_sd3(name, sigmas=u).double()
+        got = weighting(name)(snr, "flow").double()
+        torch.testing.assert_close(got, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "none"])
+def test_a_prediction_type_without_a_rule_is_refused(name: str) -> None:
+    others = [kind for kind in (*PREDICTIONS, "sample") if kind not in RULES[name]]
+    assert others
+    for kind in others:
+        with pytest.raises(UserError, match=f"{name} has no rule for prediction type '{kind}'"):
+            weighting(name)(torch.ones(2), kind)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sdprep.recipe import Section
-from sdtrain.weighting import Weighting, no_rule
+from sdtrain.weighting import Weighting, no_rule, noise_fraction
 
 MAX_SNR = 1000.0
 MIN_SNR = 1e-6  # epsilon prediction is not admitted at snr 0; this only keeps the weight finite
@@ -52,7 +52,7 @@ def debiased_weights(snr: Tensor, prediction_type: str, v_form: VForm = "derived
     if prediction_type == "v_prediction":
         return _v_weights(snr, v_form)
     if prediction_type == "flow":
-        fraction = 1 / (1 + snr.sqrt())
+        fraction = noise_fraction(snr)
         return (fraction * (1 - fraction)).float()
     raise no_rule("debiased", prediction_type)
 
