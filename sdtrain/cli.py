@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ _add(
     "sdtrain validate recipe.toml --checkpoint runs/a/checkpoints/64",
 )
 _add("compare", measure.compare, "sdtrain compare runs/first runs/second")
+_add("lr-find", measure.lr_find, "sdtrain lr-find recipe.toml --from 1e-8 --upto 1e-4")
 _add("sample", draw.sample, "sdtrain sample runs/first --prompts prompts.txt --to pictures/")
 _add(
     "grid",
@@ -55,6 +57,8 @@ _add("plugins", files.plugins, "sdtrain plugins --json")
 
 def main() -> None:
     """Entry point of the console script."""
+    # bitsandbytes tells everyone who imports it what it has not got.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     # transformers warns about torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     run_app(app)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +35,28 @@ Line = dict[str, Any]
 
 def _figure(draw: Callable[[Axes], None]) -> str:
     """A data URI of what `draw` puts on one pair of axes."""
+    file = io.BytesIO()
+    with styled_axes(file, form="svg", metadata={"Date": None}) as axes:
+        draw(axes)
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+@contextmanager
+def styled_axes(
+    to: Path | IO[bytes],
+    *,
+    form: str = "png",
+    size_inches: tuple[float, float] = _SIZE_INCHES,
+    metadata: Mapping[str, Any] | None = None,
+) -> Iterator[Axes]:
+    """One pair of axes in the style of all figures, written when the block ends.
+
+    Args:
+        to: file to write.
+        form: `png` or `svg`.
+        size_inches: width and height; 150 px an inch in a PNG.
+        metadata: of the file.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -53,14 +77,12 @@ def _figure(draw: Callable[[Axes], None]) -> str:
         "svg.hashsalt": "sdtrain",  # the same bytes every time
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        figure = Figure(figsize=size_inches, layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(length=0)
-        draw(axes)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+        yield axes
+        figure.savefig(to, format=form, dpi=150, metadata=dict(metadata or {}))
 
 
 def change_figure(lines: Sequence[Line], limits: tuple[float, float]) -> str:

@@ -29,6 +29,10 @@ from sdtrain.probe import LossMatrix, Probe
 from sdtrain.step import denoising_loss
 
 
+class DamagedModelError(DataError):
+    """A model whose loss on a probe is no number."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One forward: an image at a noise level, with noise of its own key."""
@@ -84,7 +88,7 @@ class ProbeSet:
                 found[group] = losses.float().cpu().numpy()
         if not np.isfinite(found).all():
             bad = points[int(np.flatnonzero(~np.isfinite(found))[0])]
-            raise DataError(
+            raise DamagedModelError(
                 f"the loss of {self.probe.images[bad.image].id} at u = {bad.u:.4f} is not finite",
                 "The model is damaged, or the precision is too low for it.",
             )

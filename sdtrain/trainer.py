@@ -47,8 +47,20 @@ class Outcome:
         return dict(self.__dict__)
 
 
-def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = ()) -> Outcome:
+def train(
+    recipe: TrainRecipe,
+    *,
+    resume: str = "auto",
+    accept: Sequence[str] = (),
+    keeps_model: bool = True,
+) -> Outcome:
     """Train a recipe to its end, or until asked to stop; run again to go on.
+
+    Args:
+        recipe: what to train.
+        resume: as `--resume` says.
+        accept: recipe keys that may differ from the checkpoint's.
+        keeps_model: whether the finished model is written; a trial run needs none.
 
     Raises:
         UserError: anything that the user can mend, before training where it can be known.
@@ -75,7 +87,7 @@ def train(recipe: TrainRecipe, *, resume: str = "auto", accept: Sequence[str] = 
             page.refresh(folder, is_last=True)
         if run.masked_out:
             say(f"{run.masked_out:,} samples lay whole inside masked boxes and did not count")
-        if run.is_finished and not folder.model.exists():
+        if keeps_model and run.is_finished and not folder.model.exists():
             hand_over(run)
     newest = checkpoint.checkpoints(folder.checkpoints)[-1:]
     return Outcome(

@@ -57,3 +57,31 @@ def compare(
         print_json({"comparisons": [pair.to_json() for pair in pairs]})
     else:
         out.print(text(pairs), markup=False)
+
+
+def lr_find(
+    recipe: Recipe,
+    start: Annotated[
+        float | None, typer.Option("--from", min=0, help="Lowest rate; default: the recipe's / 30.")
+    ] = None,
+    end: Annotated[
+        float | None, typer.Option("--upto", min=0, help="Highest; default: the recipe's × 100.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=20, help="Optimizer steps of the ramp.")] = 240,
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Run folder of the ramp; default: the output plus -lr-find."),
+    ] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Find learning-rate bounds with a ramp, and write recipes that use them."""
+    from sdtrain.lr_find import find_lr, report
+    from sdtrain.recipe import load_train_recipe
+
+    loaded = load_train_recipe(recipe, settings or ())
+    found = find_lr(loaded, start=start, end=end, steps=steps, to=to)
+    if as_json:
+        print_json(found)
+    else:
+        out.print(report(found), markup=False)
