@@ -194,7 +194,7 @@ def _row(found: Row, score: str | None, license: str | None, losses: Losses) -> 
         "score_raw": _finite(found.get(f"{score}.score_raw", rank)),
         "signature": found.get("signature"),
         "rating": _rating(tags, text),
-        "source": _source_name(found["sources"]),
+        "source": source_name(found["sources"]),
         "license": text.get("license") or license,
         "group_id": found.get("group_id"),
         "boxes": [box for name in found if name.startswith("boxes_") for box in found[name] or []],
@@ -224,7 +224,7 @@ def _rating(tags: list[Row], text: Row) -> str | None:
     return text.get("rating") or (rated[0] if rated else None)
 
 
-def _source_name(sources: list[Row] | None) -> str | None:
+def source_name(sources: list[Row] | None) -> str | None:
     """Name of the first source; of a path only its last part, which tells no one's home."""
     name = sources[0]["source"] if sources else None
     if not name or not ("/" in name or "\\" in name):

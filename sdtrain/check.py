@@ -13,6 +13,7 @@ from sdtrain.buckets import Assignment, Slot, micro_batches
 from sdtrain.dataset import Rows
 from sdtrain.memory import checkpoint_bytes, memory
 from sdtrain.recipe import TrainRecipe
+from sdtrain.resolution import expected_percent
 from sdtrain.run_folder import versions
 from sdtrain.setup import Setup, gpu_without_torch, open_setup
 
@@ -219,6 +220,9 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
         "images": images,
         "timesteps_per_image": per_image,
         "forwards_each_time": sum(forwards.values()),
+        "resolves_percent_expected": {
+            name: expected_percent(int(n)) for name, n in forwards.items()
+        },
         "has_validation_split": setup.validation is not None,
     }
 

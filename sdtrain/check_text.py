@@ -114,7 +114,12 @@ def _learning_rate(rates: Mapping[str, Any]) -> list[str]:
 
 def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     images, levels = evaluation["images"], evaluation["timesteps_per_image"]
-    probes = [f"{name} {images[name]} images x {levels[name]}" for name in images if images[name]]
+    sees = evaluation["resolves_percent_expected"]
+    probes = [
+        f"{name} {images[name]} images x {levels[name]} (sees about ±{sees[name]:.2g} %)"
+        for name in images
+        if images[name]
+    ]
     return [
         f"{', '.join(probes) or 'none'} = {evaluation['forwards_each_time']:,} forwards, "
         f"every {evaluation['every_samples']:,} samples, {evaluation['times']} times"

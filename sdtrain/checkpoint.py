@@ -26,7 +26,7 @@ TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "sta
 
 FREE_KEYS = (
     *("output", "model.path", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
-    *("precision.device", "ema.device", "ema.hand_over"),
+    *("precision.device", "ema.device", "ema.hand_over", "validation.stop"),
 )
 """Recipe keys that may change freely: they do not touch the result. Data set and model are compared
 by their fingerprints, so what was moved is still the same."""
@@ -124,8 +124,14 @@ def restore_optimizer(
 # --- writing -------------------------------------------------------------------------------------
 
 
-def write(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+def write(folder: Path, snapshot: Snapshot, keep: int, best: int | None = None) -> Path:
     """Save a snapshot as `<folder>/<samples_seen>` and drop the oldest beyond `keep`.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        snapshot: what to save.
+        keep: how many of the newest stay.
+        best: clock of one that stays besides, however old.
 
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
@@ -145,7 +151,7 @@ def write(folder: Path, snapshot: Snapshot, keep: int) -> Path:
             "Earlier checkpoints are untouched. Free some space, then run the same command again.",
         ) from error
     for old in checkpoints(folder)[:-keep]:
-        if old != final:
+        if old not in (final, folder / str(best)):
             shutil.rmtree(old, ignore_errors=True)
     return final
 

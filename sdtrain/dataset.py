@@ -52,6 +52,10 @@ class Rows(Protocol):
         """`schema.BOX` of some rows; none where the data set has none."""
         ...
 
+    def sources(self, rows: Sequence[int]) -> list[str | None]:
+        """Where some rows came from, by name; None where the data set does not say."""
+        ...
+
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one row.
 

@@ -48,6 +48,8 @@ class HubRows:
         self._text = dataset.select_columns(names).with_format("arrow")
         has_boxes = caption_column is None and "boxes" in dataset.features
         self._boxes = dataset.select_columns(["boxes"]).with_format("arrow") if has_boxes else None
+        has_source = caption_column is None and "source" in dataset.features
+        self._source = dataset.select_columns(["source"]) if has_source else None
         self.ids: list[str] = []
         self.sizes_hw = np.zeros((len(dataset), 2), np.int64)
         self.refused: dict[int, str] = {}
@@ -68,6 +70,12 @@ class HubRows:
         if self._boxes is None or not len(rows):
             return [[] for _ in rows]
         return [boxes or [] for boxes in self._boxes[list(rows)]["boxes"].to_pylist()]
+
+    def sources(self, rows: Sequence[int]) -> list[str | None]:
+        """The source of some rows of a prepared set; other sets do not say."""
+        if self._source is None or not len(rows):
+            return [None] * len(rows)
+        return list(self._source[list(rows)]["source"])
 
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one row."""

@@ -140,7 +140,7 @@ def differences(a: Probe, b: Probe) -> list[str]:
     words = []
     before, now = asdict(a), asdict(b)
     for key in before:
-        if before[key] != now[key]:
+        if key != "labels" and before[key] != now[key]:
             words.append(_difference(key, before[key], now[key], a, b))
     return words
 

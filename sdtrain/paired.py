@@ -25,7 +25,9 @@ class Comparison:
         ci95_percent: interval on this set; None with one image or one level.
         ci95_new_images_percent: interval for new images; None with one image.
         resolves_percent: two standard errors on this set.
+        resolves_new_images_percent: two standard errors for new images.
         p_value: of no change on this set, two-sided; None where there is no interval.
+        p_value_new_images: of no change on new images, two-sided.
         num_images: n.
         num_levels: m.
     """
@@ -36,17 +38,21 @@ class Comparison:
     ci95_percent: tuple[float, float] | None
     ci95_new_images_percent: tuple[float, float] | None
     resolves_percent: float | None
+    resolves_new_images_percent: float | None
     p_value: float | None
+    p_value_new_images: float | None
     num_images: int
     num_levels: int
 
     @property
     def direction(self) -> int:
         """-1 if the loss fell, 1 if it rose, 0 if this set cannot tell."""
-        if self.ci95_percent is None:
-            return 0
-        low, high = self.ci95_percent
-        return -1 if high < 0 else 1 if low > 0 else 0
+        return side(self.ci95_percent)
+
+    @property
+    def direction_new_images(self) -> int:
+        """The same for new images of this kind."""
+        return side(self.ci95_new_images_percent)
 
     def images_needed(self, difference_percent: float) -> int | None:
         """Images of this kind that show a difference at two standard errors, new images."""
@@ -55,6 +61,13 @@ class Comparison:
         low, high = self.ci95_new_images_percent
         deviation = (high - low) / 2 / _t(self.num_images - 1) * np.sqrt(self.num_images)
         return int(np.ceil((2 * deviation / difference_percent) ** 2))
+
+
+def side(interval: Sequence[float] | None) -> int:
+    """-1 if an interval lies below 0, 1 if above, 0 if it holds 0 or there is none."""
+    if interval is None:
+        return 0
+    return -1 if interval[1] < 0 else 1 if interval[0] > 0 else 0
 
 
 def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
@@ -86,7 +99,9 @@ def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
         ci95_percent=_interval(change, error, freedom),
         ci95_new_images_percent=_interval(change, new_error, n - 1),
         resolves_percent=None if error is None else 2 * error,
+        resolves_new_images_percent=None if new_error is None else 2 * new_error,
         p_value=_p_value(change, error, freedom),
+        p_value_new_images=_p_value(change, new_error, n - 1),
         num_images=n,
         num_levels=m,
     )

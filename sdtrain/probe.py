@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from zipfile import BadZipFile
@@ -16,6 +16,7 @@ import numpy as np
 
 from sdprep.errors import DataError
 from sdprep.seeding import digest
+from sdtrain.labels import Labels
 from sdtrain.lattice import Warp, lattice
 
 PROBE_VERSION = 1
@@ -45,6 +46,9 @@ class Probe:
         prediction_type: what the network predicts.
         precision: autocast dtype of the forwards.
         vae_hash: hash of the VAE's tensors.
+        version: of the file.
+        labels: tags and source of each image, in the same order, for breaking numbers down; no
+            part of the name, because they move no number. Empty: not known.
     """
 
     name: str
@@ -57,11 +61,13 @@ class Probe:
     precision: str
     vae_hash: str
     version: int = PROBE_VERSION
+    labels: tuple[Labels, ...] = field(default=(), compare=False)
 
     @cached_property
     def probe_id(self) -> str:
-        """Hash of everything above: the name of the folder that its numbers lie in."""
-        return digest("probe", json.dumps(asdict(self), sort_keys=True))
+        """Hash of everything but the labels: the name of the folder that its numbers lie in."""
+        fixed = {key: value for key, value in asdict(self).items() if key != "labels"}
+        return digest("probe", json.dumps(fixed, sort_keys=True))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,7 +113,10 @@ class Probe:
                 for image in data["images"]
             )
             warp = Warp(tuple(data["warp"]["steps"]))
-            probe = cls(**{**data, "images": images, "warp": warp})
+            labels = tuple(
+                Labels(tuple(each["tags"]), each["source"]) for each in data.get("labels", ())
+            )
+            probe = cls(**{**data, "images": images, "warp": warp, "labels": labels})
         except (KeyError, TypeError, AssertionError) as error:
             raise DataError(f"{path} is no probe: {error!r}") from None
         if path.parent.name != probe.probe_id and len(path.parent.name) == len(probe.probe_id):

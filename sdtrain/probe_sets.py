@@ -16,6 +16,7 @@ from sdtrain.buckets import Assignment
 from sdtrain.dataset import Rows
 from sdtrain.family import Family
 from sdtrain.freeze_plan import tensor_hash
+from sdtrain.labels import labels_of
 from sdtrain.lattice import FLAT, NUM_STRATA, PILOT_REPEATS, pilot_points, warp_from_pilot
 from sdtrain.probe import PROBE_FILE, Probe, ProbeImage
 from sdtrain.stable_eval import Point, ProbeSet
@@ -49,6 +50,9 @@ def open_probes(
         probe = _shared(setup, plain) or _begun(folder, plain, begun.get(plain.name), samples_seen)
         found = _set(setup, rows, probe or _piloted(setup, rows, plain))
         found.folder = found.probe.save(folder)
+        found.load_history(
+            int(line["samples_seen"]) for line in evaluations if line["set"] == plain.name
+        )
         sets.append(found)
     return sets
 
@@ -183,7 +187,8 @@ def plain_probe(
         num_levels: noise levels per image; None: 4, or 16 with fewer than 16 images.
     """
     chosen = _choose(name, rows, assignment, seed, num_images)
-    records = rows.records([row for row, _ in chosen])
+    numbers = [row for row, _ in chosen]
+    records = rows.records(numbers)
     images = tuple(
         ProbeImage(rows.ids[row], validation_prompt(record, policy, seed), bucket.size_hw)
         for (row, bucket), record in zip(chosen, records, strict=True)
@@ -198,6 +203,7 @@ def plain_probe(
         prediction_type=family.prediction_type,
         precision=family.precision,
         vae_hash=vae_hash(family),
+        labels=labels_of(rows, numbers),
     )
 
 

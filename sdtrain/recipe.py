@@ -14,6 +14,7 @@ from sdprep import plugins
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section, load_recipe
 from sdtrain.averages import EmaSection
+from sdtrain.course import StopSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
 from sdtrain.noise_options import NoiseSection
 
@@ -166,6 +167,7 @@ class ValidationSection(Section):
     )
     probe: str | None = Field(None, description="Probe file of another run, to compare with it.")
     seed: int | None = Field(None, description="Seed of the evaluation; default: the recipe's.")
+    stop: StopSection | None = Field(None, description="Early stopping; default: none.")
 
     @field_validator("timesteps_per_image", mode="before")
     @classmethod
@@ -194,6 +196,9 @@ class CheckpointSection(Section):
         None, gt=0, description="Samples between two checkpoints; default: a tenth of the run."
     )
     keep: int = Field(3, gt=0, description="How many of the newest checkpoints stay.")
+    best: bool = Field(
+        True, description="Also save at each best evaluation so far, and keep the best of all."
+    )
 
 
 @lru_cache

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from sdprep.console import say
 from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain import checkpoint
-from sdtrain.averages import Ema, is_schedule_free, put, weights_to_use
+from sdtrain.averages import Ema, is_schedule_free, put, restored, weights_to_use
+from sdtrain.course import Course
 from sdtrain.debias import LossFit
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.run_folder import RunFolder, versions
@@ -37,6 +38,8 @@ class Run:
         evaluations: validation lines so far.
         fit: what the debiased loss curve is divided by.
         skipped_in_a_row: steps that the float16 scaler left out just now.
+        masked_out: samples that a mask left nothing of.
+        course: what the evaluations so far say; a function of them, so no checkpoint keeps it.
     """
 
     setup: Setup
@@ -48,6 +51,7 @@ class Run:
     fit: LossFit = field(default_factory=LossFit)
     skipped_in_a_row: int = 0
     masked_out: int = 0
+    course: Course | None = None
 
     def __post_init__(self) -> None:
         setup = self.setup
@@ -68,8 +72,9 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to train."""
-        return self.samples_seen >= self.setup.total_samples
+        """Whether nothing is left to train: the end is reached, or the evaluations say stop."""
+        has_stopped = self.course is not None and self.course.stop is not None
+        return has_stopped or self.samples_seen >= self.setup.total_samples
 
     def part_hashes(self) -> dict[str, str]:
         """One hash of everything that trains in each part."""
@@ -102,6 +107,15 @@ class Run:
         if self.ema is not None and self.ema.section.hand_over:
             return self.ema.in_place(self.trained)
         return self.weights_to_use()
+
+    @contextmanager
+    def weights_of(self, path: Path) -> Iterator[None]:
+        """What a checkpoint of this run would hand over, in the model for a while."""
+        snapshot = checkpoint.read(path)
+        is_average = self.ema is not None and self.ema.section.hand_over
+        with restored(self.trained):
+            put(snapshot.more["ema"] if is_average else snapshot.trained, self.trained)
+            yield
 
     def snapshot(self) -> checkpoint.Snapshot:
         """Everything, as it is now."""

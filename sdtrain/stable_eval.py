@@ -6,7 +6,7 @@ error over the whole picture, uniform in u, whatever loss and masks training use
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,22 @@ import torch
 from torch import Tensor
 
 from sdprep.buckets import Bucket
+from sdprep.console import warn
 from sdprep.errors import DataError
 from sdtrain.batch import Batch, MicroConditioning
 from sdtrain.dataset import Rows
 from sdtrain.family import Family
+from sdtrain.labels import extremes, groups
 from sdtrain.losses.mse import mse
 from sdtrain.noise import noise_for
-from sdtrain.paired import compare
+from sdtrain.paired import compare, side
 from sdtrain.pixels import evaluation_view
 from sdtrain.probe import LossMatrix, Probe
+from sdtrain.resolution import expected_from
 from sdtrain.step import denoising_loss
+
+MOST_GROUPS = 8
+"""Tags that a validation line names at either end."""
 
 
 class DamagedModelError(DataError):
@@ -60,6 +66,7 @@ class ProbeSet:
         self.family, self.rows, self.probe = family, rows, probe
         self.micro_batch, self.device = micro_batch, device
         self.folder: Path | None = None  # where matrices go
+        self.history: dict[int, np.ndarray] = {}  # clock to weighted losses of this run
         self._row_of = {id_: row for row, id_ in enumerate(rows.ids)}
         missing = [image.id for image in probe.images if image.id not in self._row_of]
         if missing:
@@ -77,6 +84,16 @@ class ProbeSet:
         points = [Point(i, float(u[i, j]), "noise", j) for i in range(n) for j in range(m)]
         loss = self.losses(points, self.micro_batch).reshape(n, m)
         return LossMatrix(loss, u, self.probe.density())
+
+    def load_history(self, clocks: Iterable[int]) -> None:
+        """Read the matrices of earlier evaluations; the verdict looks at all of them."""
+        assert self.folder is not None, "open_probes says where matrices go"
+        for clock in clocks:
+            path = self.folder / f"{clock}.npz"
+            if path.is_file():
+                self.history[clock] = LossMatrix.load(path).weighted
+            else:
+                warn(f"{path} is gone: the verdict goes without the evaluation at {clock:,}")
 
     def losses(self, points: Sequence[Point], micro_batch: int) -> np.ndarray:
         """(len(points),) float32 raw losses, in the order of the points."""
@@ -157,17 +174,27 @@ def evaluate(probe_set: ProbeSet, samples_seen: int, variant: str = "") -> dict[
     matrix.save(place / f"{samples_seen}.npz", [image.id for image in probe.images])
     start = matrix if samples_seen == 0 else LossMatrix.load(folder / "0.npz")
     change = compare(start.weighted, matrix.weighted)
+    n, m = probe.shape
+    if not variant:
+        probe_set.history[samples_seen] = matrix.weighted
     return {
         "kind": "validation",
         "samples_seen": samples_seen,
         "set": f"{probe.name}_{variant}" if variant else probe.name,
+        "images": n,
+        "timesteps_per_image": m,
         "mean": matrix.mean,
         "change_percent": change.change_percent,
         "ci95_percent": change.ci95_percent,
         "ci95_new_images_percent": change.ci95_new_images_percent,
         # sample 0 compared with itself says nothing about what can be resolved
         "resolves_percent": change.resolves_percent if samples_seen else None,
+        "resolves_new_images_percent": (
+            change.resolves_new_images_percent if samples_seen else None
+        ),
+        "resolves_percent_expected": None if samples_seen else expected_from(start.weighted),
         "bins": _bins(matrix, start),
+        **breakdown(probe, start, matrix, samples_seen),
         "probe_id": probe.probe_id,
     }
 
@@ -181,13 +208,24 @@ def _bins(matrix: LossMatrix, start: LossMatrix) -> list[dict[str, float | None]
     return found
 
 
+def breakdown(
+    probe: Probe, start: LossMatrix, matrix: LossMatrix, samples_seen: int
+) -> dict[str, Any]:
+    """`tags` and `sources` that moved most since sample 0; nothing where a probe has none."""
+    if not samples_seen:
+        return {}
+    found = groups(start.weighted, matrix.weighted, probe.labels)
+    kinds = {"tags": extremes(found, "tag", MOST_GROUPS), "sources": extremes(found, "source", 99)}
+    return {name: [each.to_json() for each in of] for name, of in kinds.items() if of}
+
+
 def verdict(lines: Sequence[dict[str, Any]]) -> str:
     """What the newest evaluation of both sets says, in a word.
 
     Args:
         lines: validation lines of one moment, at most one for each set.
     """
-    moved = {line["set"]: _direction(line["ci95_percent"]) for line in lines}
+    moved = {line["set"]: side(line["ci95_percent"]) for line in lines}
     held_out, seen = moved.get("validation"), moved.get("train_probe")
     if held_out is None:
         return "no validation images: cannot tell learning from memorising"
@@ -198,12 +236,6 @@ def verdict(lines: Sequence[dict[str, Any]]) -> str:
     if held_out > 0:
         return "diverging" if seen is None or seen > 0 else "getting worse"
     return "flat"
-
-
-def _direction(interval: Sequence[float] | None) -> int:
-    if interval is None:
-        return 0
-    return -1 if interval[1] < 0 else 1 if interval[0] > 0 else 0
 
 
 @contextmanager

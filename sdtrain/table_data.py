@@ -70,15 +70,29 @@ class TableRows:
         found = self._boxes.take(list(rows)).to_pylist()
         return [[box for boxes in row.values() for box in boxes or []] for row in found]
 
-    def image(self, row: int) -> Image.Image:
-        """The upright RGB picture of one row."""
+    def sources(self, rows: Sequence[int]) -> list[str | None]:
+        """The first source of some rows, named as publishing names it."""
+        from sdprep.prepared_rows import source_name
+
+        if not len(rows):
+            return []
+        ids = ", ".join(f"'{self.ids[row]}'" for row in rows)  # hex, so nothing needs quoting
+        found = self._opened().read(["id", "sources"], f"id IN ({ids})")
+        names = {each["id"]: source_name(each["sources"]) for each in found.to_pylist()}
+        return [names.get(self.ids[row]) for row in rows]
+
+    def _opened(self) -> PhotoTable:
         from sdprep.table import PhotoTable
 
         if self._table is None:
             self._table = PhotoTable.open(self._path)
-        id_ = self.ids[row]
+        return self._table
+
+    def image(self, row: int) -> Image.Image:
+        """The upright RGB picture of one row."""
+        table, id_ = self._opened(), self.ids[row]
         try:
-            return open_image(self._table.image_bytes([id_])[id_], first_frame=True).image
+            return open_image(table.image_bytes([id_])[id_], first_frame=True).image
         except ImageRejected as error:
             raise DataError(f"{self._path}: image {id_} does not decode: {error}") from error
 

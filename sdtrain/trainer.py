@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from sdprep.console import progress, say, talk
-from sdtrain import checkpoint, page, sampling, stable_eval, wording
+from sdtrain import checkpoint, page, resolution, sampling, stable_eval, wording
+from sdtrain.course import BEST, Course, followed, look_back, point_to_best
 from sdtrain.loader import load
 from sdtrain.probe_sets import open_probes
 from sdtrain.recipe import TrainRecipe
@@ -25,7 +26,7 @@ from sdtrain.run_folder import RunFolder
 from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet
 from sdtrain.stopping import StopRequest
-from sdtrain.trackers.jsonl import JsonlTracker
+from sdtrain.trackers.jsonl import JsonlTracker, read_metrics
 from sdtrain.trackers.tensorboard import TensorBoardTracker
 from sdtrain.update import Parts, take_step
 
@@ -40,7 +41,9 @@ class Outcome:
     step: int
     is_finished: bool
     checkpoint: str | None
+    best: str | None
     model: str | None
+    verdict: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -90,6 +93,8 @@ def train(
         if keeps_model and run.is_finished and not folder.model.exists():
             hand_over(run)
     newest = checkpoint.checkpoints(folder.checkpoints)[-1:]
+    best = followed(folder.checkpoints / BEST)
+    verdicts = [line for line in read_metrics(folder.metrics) if line["kind"] == "verdict"]
     return Outcome(
         output=str(folder.path),
         samples_seen=run.samples_seen,
@@ -97,7 +102,9 @@ def train(
         step=run.step,
         is_finished=run.is_finished,
         checkpoint=str(newest[0]) if newest else None,
+        best=str(best) if best.is_dir() else None,
         model=str(folder.model) if folder.model.exists() else None,
+        verdict=verdicts[-1] if verdicts and run.is_finished else None,
     )
 
 
@@ -138,6 +145,9 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
     probes = open_probes(setup, run.folder.validation, run.samples_seen, run.evaluations)
     shapes = [(each.probe.name, *each.probe.shape) for each in probes]
     say(wording.cost(shapes, 1 + -(-total // validate_every)))
+    run.course = look_back(probes, recipe.validation.stop)
+    if run.is_finished:  # stopped early before
+        return
 
     # None is the look before the first step; where a run goes on, nothing is due at that look.
     first_look: list[Parts | None] = [None]
@@ -148,15 +158,24 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
             if parts is not None:
                 log(trackers, take_step(run, parts))
                 bar.advance(run.samples_seen - before)
+            is_best = False
             if is_due(run, validate_every, before):
                 for line in evaluate(run, probes):
                     log(trackers, line)
+                run.course = look_back(probes, recipe.validation.stop)
+                is_best = run.course.is_best and recipe.checkpoint.best
+                if run.is_finished and probes:
+                    conclude(run, run.course, trackers)
                 page.refresh(run.folder)
-            if is_due(run, sample_every, before) and recipe.sampling.prompts:
+            is_last = run.is_finished
+            if recipe.sampling.prompts and (is_last or is_due(run, sample_every, before)):
                 with run.weights_to_use():
                     sampling.draw(setup, run.folder.samples, run.samples_seen)
-            if run.step and (stop.is_set or is_due(run, save_every, before)):
+            must_save = stop.is_set or is_best or is_last
+            if run.step and (must_save or is_due(run, save_every, before)):
                 save(run, trackers)
+            if is_last:
+                break
             if stop.is_set:
                 say(f"stopped at {run.samples_seen:,} of {total:,} samples; run again to go on")
                 break
@@ -189,8 +208,18 @@ def evaluate(run: Run, probes: Sequence[ProbeSet]) -> list[dict[str, Any]]:
         talk.print(wording.moment(lines, stable_eval.verdict(lines)), markup=False, soft_wrap=True)
     if lines and run.samples_seen and all(not line["samples_seen"] for line in run.evaluations):
         say(wording.resolution(lines))  # the first time that there is a change to look at
+    elif lines and not run.samples_seen and (words := resolution.announcement(lines)):
+        say(words)
     run.evaluations += lines
     return lines
+
+
+def conclude(run: Run, course: Course, trackers: Sequence[Any]) -> None:
+    """Say what the run has come to, and keep it as the last line of the metrics."""
+    if course.stop:
+        say(f"stopped early at {run.samples_seen:,} samples: {course.stop}")
+    say(course.verdict.sentence)
+    log(trackers, course.to_json(run.samples_seen))
 
 
 def save(run: Run, trackers: Sequence[Any]) -> None:
@@ -198,18 +227,29 @@ def save(run: Run, trackers: Sequence[Any]) -> None:
     run.check_what_moved()
     for tracker in trackers:
         tracker.sync()
-    keep = run.setup.recipe.checkpoint.keep
-    checkpoint.write(run.folder.checkpoints, run.snapshot(), keep)
+    wanted = run.setup.recipe.checkpoint
+    verdict = run.course.verdict if run.course and wanted.best else None
+    best = verdict.best.samples_seen if verdict and verdict.best else None
+    checkpoint.write(run.folder.checkpoints, run.snapshot(), wanted.keep, best)
+    if verdict:
+        point_to_best(run.folder.checkpoints, verdict)
 
 
 def hand_over(run: Run) -> None:
-    """Write the finished model where others can read it: a diffusers folder, or adapter files."""
+    """Write the finished model where others can read it: a diffusers folder, or adapter files.
+
+    After an early stop that is the best checkpoint, for whose sake the run was stopped.
+    """
     final = run.folder.model
     temporary = final.with_name(f".{final.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
-    with run.weights_to_hand_over():
+    best = followed(run.folder.checkpoints / BEST)
+    is_best = run.course is not None and run.course.stop is not None and best.is_dir()
+    with run.weights_of(best) if is_best else run.weights_to_hand_over():
         run.setup.adapter.save(run.setup.family, temporary)
     temporary.replace(final)
+    if is_best:
+        say(f"model/ is the best checkpoint, {best}")
 
 
 def log(trackers: Sequence[Any], line: dict[str, Any]) -> None:
