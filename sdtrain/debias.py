@@ -25,7 +25,7 @@ class LossFit:
 
     def __init__(self) -> None:
         # The prior as if measured at seven noise levels, so that it holds in all directions.
-        levels = _features(np.linspace(-6.0, 6.0, 7))
+        levels = features(np.linspace(-6.0, 6.0, 7))
         weight = PRIOR_SAMPLES / len(levels)
         self._moments = weight * levels.T @ levels
         self._sums = weight * levels.T @ (levels @ np.array(PRIOR))
@@ -33,7 +33,7 @@ class LossFit:
     def expected(self, logsnr: Sequence[float]) -> np.ndarray:
         """The loss that each noise level usually has; shape (B,), > 0."""
         coefficients = np.linalg.solve(self._moments, self._sums)
-        return np.exp(_features(np.asarray(logsnr)) @ coefficients)
+        return np.exp(features(np.asarray(logsnr)) @ coefficients)
 
     def debiased(self, losses: Sequence[float], logsnr: Sequence[float]) -> float | None:
         """Mean of loss / fit over one step, then learn from that step.
@@ -52,9 +52,9 @@ class LossFit:
         values = np.array([loss for loss, _ in usable])
         levels = np.array([s for _, s in usable])
         ratio = float(np.mean(values / self.expected(levels.tolist())))
-        features = _features(levels)
-        self._moments = self._moments + features.T @ features
-        self._sums = self._sums + features.T @ np.log(values)
+        rows = features(levels)
+        self._moments = self._moments + rows.T @ rows
+        self._sums = self._sums + rows.T @ np.log(values)
         return ratio
 
     def state(self) -> dict[str, Any]:
@@ -67,7 +67,8 @@ class LossFit:
         self._sums = np.array(state["sums"])
 
 
-def _features(logsnr: np.ndarray) -> np.ndarray:
+def features(logsnr: np.ndarray) -> np.ndarray:
+    """1, s and s² of ln SNR, shape (…, 3)."""
     # Beyond ±12 the parabola says nothing sensible; hold it there.
     s = np.clip(logsnr, -12.0, 12.0)
     return np.stack([np.ones_like(s), s, s * s], axis=1)

@@ -25,7 +25,7 @@ _SPANS = {
 
 def draw(ramp: Ramp, bounds: Bounds, path: Path) -> None:
     """Write a PNG: change of the loss in percent against the rate."""
-    with styled_axes(path, size_inches=(9.0, 5.2)) as axes:
+    with styled_axes(path, size_inches=(9.0, 5.2)) as (axes,):
         for name, losses in (("validation", ramp.validation), ("train_probe", ramp.train)):
             _curve(axes, ramp.lr, losses, name)
         axes.axhline(0, color=DIM, lw=1, ls=(0, (4, 3)))

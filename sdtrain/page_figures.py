@@ -36,7 +36,7 @@ Line = dict[str, Any]
 def _figure(draw: Callable[[Axes], None]) -> str:
     """A data URI of what `draw` puts on one pair of axes."""
     file = io.BytesIO()
-    with styled_axes(file, form="svg", metadata={"Date": None}) as axes:
+    with styled_axes(file, form="svg", metadata={"Date": None}) as (axes,):
         draw(axes)
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
@@ -47,14 +47,16 @@ def styled_axes(
     *,
     form: str = "png",
     size_inches: tuple[float, float] = _SIZE_INCHES,
+    columns: int = 1,
     metadata: Mapping[str, Any] | None = None,
-) -> Iterator[Axes]:
-    """One pair of axes in the style of all figures, written when the block ends.
+) -> Iterator[list[Axes]]:
+    """Axes in the style of all figures, side by side, written when the block ends.
 
     Args:
         to: file to write.
         form: `png` or `svg`.
         size_inches: width and height; 150 px an inch in a PNG.
+        columns: how many pairs of axes.
         metadata: of the file.
     """
     import matplotlib
@@ -78,10 +80,11 @@ def styled_axes(
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size_inches, layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(length=0)
-        yield axes
+        found = list(figure.subplots(1, columns, squeeze=False)[0])
+        for axes in found:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(length=0)
+        yield found
         figure.savefig(to, format=form, dpi=150, metadata=dict(metadata or {}))
 
 

@@ -42,11 +42,11 @@ def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) ->
         DataError: a checkpoint belongs to another model, or there is nothing to evaluate on.
     """
     labels = _labels(paths)
-    states = [_checked(path) for path in paths]
+    states = [checked_state(path) for path in paths]
     setup = open_setup(recipe)
     for path, state in zip(paths, states, strict=True):
         if state is not None:
-            _must_fit(path, state, setup)
+            must_fit(path, state, setup)
     folder = to or recipe.output.with_name(f"{recipe.output.name}-validate")
     probes = find_probes(setup, recipe.output / "validation")
     if not probes:
@@ -61,7 +61,7 @@ def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) ->
         if state is None:
             rows += _measure(label, _other_model(setup, path, probes))
         else:
-            with _loaded(setup, path):
+            with loaded(setup, path):
                 rows += _measure(label, probes)
     pairs = compare_measured(_with_base(probes, labels))
     return {"path": str(folder), "evaluations": rows, "comparisons": pairs}
@@ -124,7 +124,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return labels
 
 
-def _checked(path: Path) -> dict[str, Any] | None:
+def checked_state(path: Path) -> dict[str, Any] | None:
     """The state of a checkpoint; None of a diffusers folder.
 
     Raises:
@@ -140,7 +140,7 @@ def _checked(path: Path) -> dict[str, Any] | None:
     )
 
 
-def _must_fit(path: Path, state: dict[str, Any], setup: Setup) -> None:
+def must_fit(path: Path, state: dict[str, Any], setup: Setup) -> None:
     """The checkpoint's tensors must mean the same in this recipe's model."""
     saved, current = state["conditions"], setup.conditions()
     keys = ("model", "adapter", "model_fingerprint")
@@ -156,7 +156,7 @@ def _must_fit(path: Path, state: dict[str, Any], setup: Setup) -> None:
 
 
 @contextmanager
-def _loaded(setup: Setup, path: Path) -> Iterator[None]:
+def loaded(setup: Setup, path: Path) -> Iterator[None]:
     """The checkpoint's tensors in the model; the base model's are put back afterwards."""
     saved = checkpoint.read_trained(path)
     places = {**setup.plan.frozen, **setup.plan.trained()}

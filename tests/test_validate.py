@@ -14,7 +14,7 @@ from sdtrain.matrices import find
 from sdtrain.recipe import load_train_recipe
 from sdtrain.setup import open_setup
 from sdtrain.trackers.jsonl import read_metrics
-from sdtrain.validate import _loaded, report, to_json, validate_checkpoints
+from sdtrain.validate import loaded, report, to_json, validate_checkpoints
 from tests.evaluated import WITH_EVALUATION
 
 
@@ -64,6 +64,6 @@ def test_what_is_no_checkpoint_of_this_model_is_refused(
 def test_the_base_model_is_put_back_after_each_checkpoint(evaluated_run: Path) -> None:
     setup = open_setup(load_train_recipe(evaluated_run / "recipe.toml"))
     before = {path: p.detach().clone() for path, p in setup.plan.trained().items()}
-    with _loaded(setup, evaluated_run / "checkpoints" / "12"):
+    with loaded(setup, evaluated_run / "checkpoints" / "12"):
         assert any(not torch.equal(p, before[path]) for path, p in setup.plan.trained().items())
     assert all(torch.equal(p, before[path]) for path, p in setup.plan.trained().items())

@@ -85,3 +85,26 @@ def lr_find(
         print_json(found)
     else:
         out.print(report(found), markup=False)
+
+
+def loss_curve(
+    recipe: Recipe,
+    to: Annotated[Path, typer.Option(help="The picture to write; numbers go beside it.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="RUN/checkpoints/SAMPLES; default: the base model.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images to measure.")] = 16,
+    levels: Annotated[int, typer.Option(min=3, help="Noise levels per image.")] = 64,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the loss against noise level and SNR, with the fit."""
+    from sdtrain import loss_curve as curves
+    from sdtrain.recipe import load_train_recipe
+
+    loaded = load_train_recipe(recipe, settings or ())
+    found = curves.loss_curve(loaded, checkpoint, images, levels, to)
+    if as_json:
+        print_json(found)
+    else:
+        out.print(curves.report(found), markup=False)
