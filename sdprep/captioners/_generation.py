@@ -115,7 +115,7 @@ class ModelCaptioner:
             answers = self._batches.run(self._write, requests)
             failed = []
             for request, answer in zip(requests, answers, strict=True):
-                why = malformed(answer.text)
+                why = malformed(answer.text, request.prompt)
                 if why is None:
                     rows[request.id] |= _values(request, answer)
                 elif again:
