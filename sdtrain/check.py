@@ -49,6 +49,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "rows": [row.__dict__ for row in setup.plan.rows],
             "notes": setup.plan.notes,
         },
+        "phases": _phases(setup),
         "length": _length(setup, slots),
         "learning_rate": _learning_rate(setup),
         "evaluation": _evaluation(setup),
@@ -164,6 +165,22 @@ def _chunks(setup: Setup) -> dict[str, Any]:
         "dropped": sum(text.is_dropped for text in texts),
         "empty": sum(text.prompt == "" for text in texts),
     }
+
+
+def _phases(setup: Setup) -> list[dict[str, Any]]:
+    """What trains in each phase; empty if everything trains throughout."""
+    plan = setup.phases
+    if plan is None:
+        return []
+    return [
+        {
+            "samples": phase.samples,
+            "parts": list(phase.parts),
+            "text": plan.describe(index),
+            "table": plan.table(setup.plan, index).splitlines(),
+        }
+        for index, phase in enumerate(plan.phases)
+    ]
 
 
 def _length(setup: Setup, slots: Sequence[Slot]) -> dict[str, Any]:

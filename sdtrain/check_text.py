@@ -16,6 +16,7 @@ def check_text(found: Mapping[str, Any], freeze_table: str) -> str:
         ("buckets", _buckets(found["buckets"])),
         ("text", _chunks(found["chunks"])),
         ("what trains", freeze_table.splitlines()),
+        *((phase["text"], phase["table"]) for phase in found["phases"]),
         ("length", _length(found)),
         ("learning rate", _learning_rate(found["learning_rate"])),
         ("evaluation", _evaluation(found["evaluation"])),

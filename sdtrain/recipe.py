@@ -17,6 +17,7 @@ from sdtrain.averages import EmaSection
 from sdtrain.course import StopSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
 from sdtrain.noise_options import NoiseSection
+from sdtrain.phases import PhaseSection
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -127,6 +128,10 @@ class TrainSection(Section):
     )
     preset: str | None = Field(None, description="Shipped rule set, applied before `rules`.")
     rules: tuple[Rule, ...] = Field((), description="In order; the last that matches wins.")
+    phases: tuple[PhaseSection, ...] = Field(
+        (), description="In order; each says for how long which parts train. None: all at once."
+    )
+    repeat_phases: bool = Field(False, description="Begin again with the first after the last.")
     expect_percent: dict[str, float] = Field(
         {}, description="Guard: share of each part that must train, in percent ±0.01."
     )
@@ -140,6 +145,8 @@ class TrainSection(Section):
             raise ValueError("needs either samples or epochs, and not both")
         if self.lr is None and not self.rules:
             raise ValueError("nothing would train; give lr, or rules with a rate")
+        if self.repeat_phases and not self.phases:
+            raise ValueError("repeat_phases needs [[train.phases]]")
         return self
 
 
@@ -291,9 +298,10 @@ class TrainRecipe(Section):
         asked = {
             "ema": self.ema is not None,
             "lr_scaling": self.train.lr_scaling != "none",
+            "phases": bool(self.train.phases),
         }
         for feature, why in getattr(self.optimizer, "refuses", {}).items():
-            if asked.get(feature):
+            if asked[feature]:
                 raise ValueError(f"optimizer {self.optimizer.type} takes no {feature}: {why}")
         return self
 

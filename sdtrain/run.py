@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdprep.console import say
+from sdprep.console import say, talk
 from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain import checkpoint
@@ -18,6 +18,7 @@ from sdtrain.averages import Ema, is_schedule_free, put, restored, weights_to_us
 from sdtrain.course import Course
 from sdtrain.debias import LossFit
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
+from sdtrain.phases import PhaseSwitch, resting_left_out
 from sdtrain.run_folder import RunFolder, versions
 from sdtrain.setup import Setup
 
@@ -40,6 +41,7 @@ class Run:
         skipped_in_a_row: steps that the float16 scaler left out just now.
         masked_out: samples that a mask left nothing of.
         course: what the evaluations so far say; a function of them, so no checkpoint keeps it.
+        parts_trained: networks that took part in a step.
     """
 
     setup: Setup
@@ -52,6 +54,7 @@ class Run:
     skipped_in_a_row: int = 0
     masked_out: int = 0
     course: Course | None = None
+    parts_trained: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         setup = self.setup
@@ -61,6 +64,8 @@ class Run:
         self.ema = Ema(setup.recipe.ema, self.trained) if setup.recipe.ema else None
         self.loss, self.weighting = setup.loss(), setup.weighting()
         self.schedule = setup.schedule()
+        networks = setup.family.parts
+        self.phases = PhaseSwitch(setup.phases, self.trained, networks) if setup.phases else None
         self.frozen_start = {path: setup.start_hashes[path] for path in setup.plan.frozen}
         self.trained_start = self.part_hashes()
         self.scaler = torch.amp.GradScaler(
@@ -69,6 +74,30 @@ class Run:
             growth_interval=max(1, SCALER_GROWTH_SAMPLES // setup.recipe.data.batch_size),
             enabled=setup.recipe.precision.mixed == "fp16",
         )
+
+    def enter_phase(self) -> None:
+        """Let the parts train whose turn it is at the clock; the first time that is told."""
+        if self.phases is not None and self.phases.enter(self.samples_seen, self.optimizer):
+            plan, index = self.phases.plan, self.phases.index
+            assert index is not None
+            say(f"at {self.samples_seen:,} samples {plan.describe(index)}")
+            talk.print(plan.table(self.setup.plan, index), markup=False, soft_wrap=True)
+        self.parts_trained |= {p.split(".")[0] for p, t in self.trained.items() if t.requires_grad}
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of the step at the clock, by group; of those that train now."""
+        factor = self.schedule(self.samples_seen)
+        return {
+            group.name: group.lr * factor
+            for group in self.setup.plan.groups
+            if any(parameter.requires_grad for parameter in group.parameters.values())
+        }
+
+    def step_optimizer(self) -> None:
+        """Take the gradients into the weights; a step in which float16 overflowed is left out."""
+        with resting_left_out(self.optimizer):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     @property
     def is_finished(self) -> bool:
@@ -84,14 +113,20 @@ class Run:
         return {part: digest(part, *hashes) for part, hashes in by_part.items()}
 
     def check_what_moved(self) -> None:
-        """At every save: frozen tensors are as they were, and every trained part has moved.
+        """At every save: frozen tensors are as they were, and every part that trained has moved.
 
         Raises:
-            AssertionError: a frozen tensor changed or has a gradient.
+            AssertionError: a frozen tensor changed or has a gradient, or a part whose phase has
+                not come yet has moved.
             UserError: a part that should train is as it was at the start.
         """
         self.setup.plan.assert_frozen(self.frozen_start)
-        still = [p for p, value in self.part_hashes().items() if value == self.trained_start[p]]
+        for path, parameter in self.trained.items():
+            assert parameter.requires_grad or parameter.grad is None, f"{path} rests, with gradient"
+        is_still = {p: value == self.trained_start[p] for p, value in self.part_hashes().items()}
+        early = [part for part in is_still if part not in self.parts_trained and not is_still[part]]
+        assert not early, f"{', '.join(early)} changed before the phase that trains it"
+        still = [part for part in is_still if part in self.parts_trained and is_still[part]]
         if still and not self.skipped_in_a_row:
             raise UserError(
                 f"after {self.samples_seen:,} samples nothing in {', '.join(still)} has changed",
@@ -133,6 +168,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
             "masked_out": self.masked_out,
+            "parts_trained": sorted(self.parts_trained),
             "effort": self.effort,
             "loss_fit": self.fit.state(),
             "evaluations": self.evaluations,
@@ -163,6 +199,7 @@ class Run:
         self.effort, self.evaluations = dict(state["effort"]), list(state["evaluations"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self.masked_out = int(state.get("masked_out", 0))  # absent from older checkpoints
+        self.parts_trained = set(state.get("parts_trained", self.trained_start))
         self.trained_start = {**self.trained_start, **state["trained_start"]}
         for path in self.setup.plan.frozen.keys() & snapshot.trained.keys():
             # Trained before, frozen now by an accepted change of the rules.

@@ -23,6 +23,7 @@ from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.freezing import build_plan
 from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
 from sdtrain.loss_masks import BoxCensus, over_all_latents, take_census
+from sdtrain.phases import PhasePlan, plan_phases, split_by_part
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule, worst_step_ratio
 from sdtrain.weighting import Weighting
@@ -141,6 +142,18 @@ class Setup:
         batch = self.recipe.data.batch_size
         return worst_step_ratio(self.schedule(), warmup, self.total_samples, batch)
 
+    @cached_property
+    def phases(self) -> PhasePlan | None:
+        """When which parts train; None: all of them throughout."""
+        train = self.recipe.train
+        return plan_phases(
+            train.phases,
+            self.plan,
+            repeats=train.repeat_phases,
+            total_samples=self.total_samples,
+            batch_size=self.recipe.data.batch_size,
+        )
+
     def optimizer(self) -> torch.optim.Optimizer:
         """A fresh optimizer of what trains."""
         config = self.recipe.optimizer
@@ -191,6 +204,7 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     setup = Setup(recipe, device, data, family, adapter, plan, hashes, train, validation, boxes)
     setup.weighting()
     setup.schedule()
+    _ = setup.phases
     return setup
 
 
@@ -217,7 +231,7 @@ def open_model(
         lr_factor=recipe.lr_factor,
     )
     plan.check_expected(train.expect_percent)
-    return family, adapter, hashes, plan
+    return family, adapter, hashes, split_by_part(plan) if train.phases else plan
 
 
 def bucket_sizes(recipe: TrainRecipe, family: Family) -> tuple[Bucket, ...]:

@@ -40,10 +40,10 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         DivergedError: a loss or the gradient is no number; names the samples.
     """
     setup = run.setup
-    lr_factor = run.schedule(run.samples_seen)
-    rates = {group.name: group.lr * lr_factor for group in setup.plan.groups}
+    run.enter_phase()
+    rates = run.rates()
     for group in run.optimizer.param_groups:
-        group["lr"] = rates[group.get("rule", group["name"])]
+        group["lr"] = rates.get(group.get("rule", group["name"]), 0.0)
 
     positions: list[int] = []
     levels: list[float] = []
@@ -133,8 +133,7 @@ def _update(run: Run, ids: Sequence[str]) -> float:
             )
     else:
         run.skipped_in_a_row = 0
-    run.scaler.step(run.optimizer)  # leaves the step out itself when float16 overflowed
-    run.scaler.update()
+    run.step_optimizer()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
 
