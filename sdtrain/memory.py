@@ -20,6 +20,8 @@ def memory(setup: Setup) -> dict[str, int]:
         "optimizer": optimizer_bytes(setup),
         "ema": _floats(setup) if ema is not None and ema.device == "same" else 0,
     }
+    if setup.recipe.precision.rule == "kahan":
+        parts["weights"] += _trained(setup)  # what rounding leaves over, in the same format
     return {**parts, "total_without_activations": sum(parts.values())}
 
 
@@ -27,7 +29,8 @@ def checkpoint_bytes(setup: Setup) -> int:
     """Bytes of one checkpoint on disk."""
     ema = _floats(setup) if setup.recipe.ema is not None else 0
     keeps_both = getattr(setup.recipe.optimizer, "keeps_training_point", False)
-    return _trained(setup) * (2 if keeps_both else 1) + optimizer_bytes(setup) + ema
+    is_twice = keeps_both or setup.recipe.precision.rule == "kahan"
+    return _trained(setup) * (2 if is_twice else 1) + optimizer_bytes(setup) + ema
 
 
 def optimizer_bytes(setup: Setup) -> int:

@@ -18,6 +18,7 @@ from sdtrain.course import StopSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
 from sdtrain.noise_options import NoiseSection
 from sdtrain.phases import PhaseSection
+from sdtrain.precision import PrecisionSection
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -148,15 +149,6 @@ class TrainSection(Section):
         if self.repeat_phases and not self.phases:
             raise ValueError("repeat_phases needs [[train.phases]]")
         return self
-
-
-class PrecisionSection(Section):
-    """In which number format the networks run; trained parameters are always float32."""
-
-    mixed: Literal["no", "fp16", "bf16"] = Field("bf16", description="Autocast format.")
-    device: str = Field(
-        "auto", description="cuda, cuda:1, mps or cpu; auto takes the best and says which."
-    )
 
 
 class ValidationSection(Section):
@@ -299,10 +291,13 @@ class TrainRecipe(Section):
             "ema": self.ema is not None,
             "lr_scaling": self.train.lr_scaling != "none",
             "phases": bool(self.train.phases),
+            "bf16 parameters": self.precision.parameters == "bf16",
         }
         for feature, why in getattr(self.optimizer, "refuses", {}).items():
             if asked[feature]:
                 raise ValueError(f"optimizer {self.optimizer.type} takes no {feature}: {why}")
+        if asked["bf16 parameters"] and self.adapter.type != "full":
+            raise ValueError('precision.parameters = "bf16" is for adapter full only')
         return self
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sdtrain.course import Course
 from sdtrain.debias import LossFit
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.phases import PhaseSwitch, resting_left_out
+from sdtrain.precision import Rounding, seen_as_float32
 from sdtrain.run_folder import RunFolder, versions
 from sdtrain.setup import Setup
 
@@ -62,6 +63,8 @@ class Run:
         self.names = {id(parameter): path for path, parameter in self.trained.items()}
         self.optimizer = setup.optimizer()
         self.ema = Ema(setup.recipe.ema, self.trained) if setup.recipe.ema else None
+        rule = setup.recipe.precision.rule
+        self.rounding = Rounding(rule, setup.recipe.seed, self.trained) if rule else None
         self.loss, self.weighting = setup.loss(), setup.weighting()
         self.schedule = setup.schedule()
         networks = setup.family.parts
@@ -96,7 +99,10 @@ class Run:
     def step_optimizer(self) -> None:
         """Take the gradients into the weights; a step in which float16 overflowed is left out."""
         with resting_left_out(self.optimizer):
-            self.scaler.step(self.optimizer)
+            if self.rounding is None:
+                self.scaler.step(self.optimizer)
+            else:
+                self.rounding.step(self.optimizer, self.samples_seen)
         self.scaler.update()
 
     @property
@@ -182,6 +188,8 @@ class Run:
             more["training_point"] = cpu_tensors(self.trained)
         if self.ema is not None:
             more["ema"] = cpu_tensors(self.ema.values)
+        if self.rounding is not None and self.rounding.left_over:
+            more["kahan"] = cpu_tensors(self.rounding.left_over)
         return checkpoint.Snapshot(state, trained, tensors, more)
 
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
@@ -192,9 +200,12 @@ class Run:
         put({path: value for path, value in point.items() if path in self.trained}, self.trained)
         if self.ema is not None:
             self.ema.restart(self.trained, snapshot.more.get("ema"))
-        checkpoint.restore_optimizer(
-            self.optimizer, self.names, snapshot.optimizer, state["optimizer"]
-        )
+        if self.rounding is not None:
+            self.rounding.restore(snapshot.more.get("kahan", {}))
+        with seen_as_float32(self.trained) if self.rounding else nullcontext():
+            checkpoint.restore_optimizer(
+                self.optimizer, self.names, snapshot.optimizer, state["optimizer"]
+            )
         self.samples_seen, self.step = snapshot.samples_seen, int(state["step"])
         self.effort, self.evaluations = dict(state["effort"]), list(state["evaluations"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])

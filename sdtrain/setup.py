@@ -24,6 +24,7 @@ from sdtrain.freezing import build_plan
 from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
 from sdtrain.loss_masks import BoxCensus, over_all_latents, take_census
 from sdtrain.phases import PhasePlan, plan_phases, split_by_part
+from sdtrain.precision import narrow
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule, worst_step_ratio
 from sdtrain.weighting import Weighting
@@ -219,6 +220,7 @@ def open_model(
         device=str(device),
         revision=model.revision,
     )
+    narrow(family, recipe.precision)
     hashes = {path: tensor_hash(tensor) for path, tensor in family.named_parameters()}
     adapter = recipe.adapter.build()
     train = recipe.train

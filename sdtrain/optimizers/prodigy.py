@@ -28,6 +28,7 @@ class Config(Section):
     refuses: ClassVar[dict[str, str]] = {
         "lr_scaling": "it finds the size of its steps itself",
         "phases": "it finds one size of step for everything that trains",
+        "bf16 parameters": "its step looks at all weights at once",
     }
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="Decay of the running mean and of the running square."

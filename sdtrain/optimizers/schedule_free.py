@@ -25,7 +25,10 @@ class Config(Section):
     type: Literal["schedule_free"] = "schedule_free"
     keeps_training_point: ClassVar[bool] = True
     only_schedules: ClassVar[tuple[str, ...]] = ("constant",)
-    refuses: ClassVar[dict[str, str]] = {"ema": "it averages by itself"}
+    refuses: ClassVar[dict[str, str]] = {
+        "ema": "it averages by itself",
+        "bf16 parameters": "its step counts for all weights at once",
+    }
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="Pull of the average on the point of training; running square."
     )
