@@ -156,15 +156,21 @@ def nearest_indices(
         DataError: an image has no area.
     """
     w, h = checked_sides(widths, heights)
-    by_aspect = np.log([bucket.width for bucket in buckets]) - np.log(
-        [bucket.height for bucket in buckets]
-    )
+    # Of buckets with one aspect the first rule of a tie decides, whatever the image.
+    first: dict[Fraction, int] = {}
+    for index in sorted(range(len(buckets)), key=lambda i: (-buckets[i].area, buckets[i].width)):
+        first.setdefault(Fraction(buckets[index].width, buckets[index].height), index)
+    by_aspect = np.array([first[aspect] for aspect in sorted(first)])
+    logs = np.array([np.log(buckets[i].width) - np.log(buckets[i].height) for i in by_aspect])
+    edges = (logs[1:] + logs[:-1]) / 2  # half-way between neighbours
     chosen = np.empty(len(w), np.int64)
     for start in range(0, len(w), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        gaps = np.abs((np.log(w[rows]) - np.log(h[rows]))[:, None] - by_aspect)  # (rows, buckets)
-        chosen[rows] = gaps.argmin(1)
-        is_close = (gaps <= gaps.min(1, keepdims=True) + _TIE).sum(1) > 1
+        aspects = np.log(w[rows]) - np.log(h[rows])
+        at = np.searchsorted(edges, aspects)
+        chosen[rows] = by_aspect[at]
+        around = np.concatenate([[-np.inf], edges, [np.inf]])
+        is_close = np.minimum(aspects - around[at], around[at + 1] - aspects) <= _TIE
         for row in np.flatnonzero(is_close) + start:
             chosen[row] = _nearest_exactly(int(w[row]), int(h[row]), buckets)
     return chosen

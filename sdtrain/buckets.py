@@ -6,7 +6,6 @@ takes the next `batch_size` of it, for any number of GPUs and any micro-batch.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +15,8 @@ import numpy as np
 from sdprep.buckets import Bucket, nearest_indices
 from sdprep.errors import DataError
 from sdprep.seeding import rng_for
+from sdtrain.ids import Ids
+from sdtrain.refusals import Refusals
 
 if TYPE_CHECKING:
     from sdtrain.dataset import Rows
@@ -42,7 +43,7 @@ class Slot:
 
     row: int  # index into the rows of the split
     sample_id: str
-    visit: int  # how often the sample was drawn before
+    visit: int  # how often the sample was drawn before, its repeats in one epoch counted
     bucket: Bucket
     text: Text
 
@@ -69,11 +70,11 @@ class Assignment:
     buckets: tuple[Bucket, ...]
     kept: np.ndarray
     bucket_of: np.ndarray
-    refused: dict[int, str]
+    refused: Refusals
 
     def reasons(self) -> dict[str, int]:
         """How many rows were refused for what, without the particulars after the colon."""
-        return dict(sorted(Counter(r.split(":")[0] for r in self.refused.values()).items()))
+        return self.refused.reasons()
 
 
 def assign(rows: Rows, buckets: Sequence[Bucket], max_upscale: float) -> Assignment:
@@ -84,20 +85,24 @@ def assign(rows: Rows, buckets: Sequence[Bucket], max_upscale: float) -> Assignm
         buckets: the sizes there are.
         max_upscale: largest factor from original to resized pixels.
     """
-    refused = dict(rows.refused)
-    usable = np.array([row for row in range(len(rows)) if row not in refused], np.int64)
-    if not len(usable):
-        return Assignment(tuple(buckets), usable, usable, refused)
+    is_usable = np.ones(len(rows), bool)
+    is_usable[list(rows.refused)] = False
+    usable = np.flatnonzero(is_usable)
     heights, widths = rows.sizes_hw[usable].T
     chosen = nearest_indices(widths, heights, buckets)
-    sides = np.array([bucket.size_hw for bucket in buckets])[chosen]  # (n, 2)
-    scale = np.maximum(sides[:, 0] / heights, sides[:, 1] / widths)
+    sides = np.array([bucket.size_hw for bucket in buckets])
+    scale = np.maximum(sides[chosen, 0] / heights, sides[chosen, 1] / widths)
     is_kept = scale <= max_upscale
-    for at in np.flatnonzero(~is_kept):
-        refused[int(usable[at])] = (
-            f"upscale: {rows.ids[usable[at]]} of {widths[at]}x{heights[at]} px would grow "
+    grown = np.flatnonzero(~is_kept)
+
+    def particulars(index: int) -> str:
+        at = grown[index]
+        return (
+            f"{rows.ids[int(usable[at])]} of {widths[at]}x{heights[at]} px would grow "
             f"{scale[at]:.3f} times to fill {buckets[chosen[at]]}"
         )
+
+    refused = Refusals(rows.refused, "upscale", usable[grown], particulars)
     return Assignment(tuple(buckets), usable[is_kept], chosen[is_kept], refused)
 
 
@@ -113,7 +118,7 @@ def require_enough(assignment: Assignment, what: str, total: int) -> None:
     if not total:
         raise DataError(f"{what} has no rows", "Is it the right split of the right data set?")
     counts = ", ".join(f"{reason} {count}" for reason, count in assignment.reasons().items())
-    examples = "; ".join(list(assignment.refused.values())[:3])
+    examples = "; ".join(assignment.refused.examples(3))
     raise DataError(
         f"{what}: {refused} of {total} rows are refused ({counts}), more than "
         f"{REFUSED_STOP:.0%} stops the run\n  such as {examples}",
@@ -124,36 +129,52 @@ def require_enough(assignment: Assignment, what: str, total: int) -> None:
 class GlobalOrder:
     """The endless stream of slots.
 
-    Each epoch shuffles all kept rows. A window of them at a time is rendered, grouped into runs
-    of one bucket and chunk count, and the runs are shuffled. Every kept row comes once per epoch;
-    leftovers form shorter runs.
+    Each epoch shuffles all kept rows; one that asks for k repeats is there k times. A window of
+    them at a time is rendered, grouped into runs of one bucket and chunk count, and the runs are
+    shuffled. Every kept row comes as often as it asks per epoch; leftovers form shorter runs.
+
+    The visit of a sample, which keys its text, crop and noise, is epoch * k + copy: it counts how
+    often the row was drawn before, so no two of its visits are alike.
 
     Args:
         ids: (n,) sample ids of the whole split.
         assignment: kept rows and buckets.
-        render: (rows, visit) to the text of each.
+        render: rows and their visits to the text of each.
         seed: the run's seed.
         run_samples: longest run; a recipe value, never derived from GPUs or micro-batch.
         window: rows rendered ahead.
+        repeats: (n,) how often each row comes in one epoch; None: once.
     """
 
     def __init__(
         self,
         ids: Sequence[str],
         assignment: Assignment,
-        render: Callable[[Sequence[int], int], list[Text]],
+        render: Callable[[Sequence[int], Sequence[int]], list[Text]],
         *,
         seed: int,
         run_samples: int,
         window: int = WINDOW,
+        repeats: np.ndarray | None = None,
     ) -> None:
-        self._ids, self._render, self._seed = ids, render, seed
+        assert len(assignment.kept) > 0, "an order needs rows"
+        self._ids, self._render, self._seed = Ids.of(ids), render, seed
         self._run_samples, self._window = run_samples, window
+        self._buckets = assignment.buckets
         # Sorted by id, so that the order in which rows are stored changes nothing.
-        by_id = sorted(range(len(assignment.kept)), key=lambda at: ids[int(assignment.kept[at])])
-        self._rows = assignment.kept[by_id]
-        self._buckets, self._bucket_of = assignment.buckets, assignment.bucket_of[by_id]
-        assert len(self._rows) > 0, "an order needs rows"
+        place = np.full(len(self._ids), -1)
+        place[assignment.kept] = np.arange(len(assignment.kept))
+        by_id = place[self._ids.order]
+        by_id = by_id[by_id >= 0]
+        self._rows, self._bucket_of = assignment.kept[by_id], assignment.bucket_of[by_id]
+        self._times = np.ones(1, np.int64) if repeats is None else repeats[self._rows]
+        self._has_repeats = bool(self._times.max() > 1)
+        if self._has_repeats:
+            self._rows = np.repeat(self._rows, self._times)
+            self._bucket_of = np.repeat(self._bucket_of, self._times)
+            starts = np.repeat(np.cumsum(self._times) - self._times, self._times)
+            self._copy = np.arange(len(self._rows)) - starts
+            self._times = np.repeat(self._times, self._times)
 
     @property
     def epoch_samples(self) -> int:
@@ -181,12 +202,21 @@ class GlobalOrder:
             samples_seen += size
 
     def _grouped(self, window: np.ndarray, epoch: int, index: int) -> list[Slot]:
-        rows = [int(self._rows[at]) for at in window]
-        groups: dict[tuple[Bucket, int], list[Slot]] = {}
-        for at, row, text in zip(window, rows, self._render(rows, epoch), strict=True):
-            bucket = self._buckets[self._bucket_of[at]]
-            slot = Slot(row, self._ids[row], epoch, bucket, text)
-            groups.setdefault((slot.bucket, text.num_chunks), []).append(slot)
+        rows, visits = self._rows[window], np.full(len(window), epoch)
+        if self._has_repeats:
+            visits = epoch * self._times[window] + self._copy[window]
+        texts = self._render(rows.tolist(), visits.tolist())
+        groups: dict[tuple[int, int], list[Slot]] = {}
+        for row, id_, visit, bucket, text in zip(
+            rows.tolist(),
+            self._ids.at(rows),
+            visits.tolist(),
+            self._bucket_of[window].tolist(),
+            texts,
+            strict=True,
+        ):
+            slot = Slot(row, id_, visit, self._buckets[bucket], text)
+            groups.setdefault((bucket, text.num_chunks), []).append(slot)
         length = self._run_samples
         runs = [
             group[start : start + length]

@@ -124,7 +124,7 @@ def _rows(rows: Rows, assignment: Assignment) -> dict[str, Any]:
         "rows": len(rows),
         "kept": len(assignment.kept),
         "refused": assignment.reasons(),
-        "examples": list(assignment.refused.values())[:5],
+        "examples": assignment.refused.examples(5),
     }
 
 

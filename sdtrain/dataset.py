@@ -6,10 +6,8 @@ fingerprint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,29 +18,46 @@ from sdprep.prompt_policy import PromptPolicy
 from sdprep.prompts import render_prompt
 from sdprep.recipe import validate
 from sdprep.schema import MANIFEST
+from sdprep.seeding import digest
 from sdtrain.buckets import Text
+from sdtrain.ids import Ids
 from sdtrain.recipe import DataSection
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_RECORD_BATCH = 8_192
+_AT_ONCE = 8_192  # records held at a time
 
 
 class Rows(Protocol):
     """One split: small columns at hand, pictures on demand; may be sent to another process.
 
     Attributes:
-        ids: (n,) sample ids, each once.
-        sizes_hw: (n, 2) upright height and width, px; 0 where a row is refused.
         refused: row index to reason, for rows whose picture cannot be used.
     """
 
-    ids: list[str]
-    sizes_hw: np.ndarray
     refused: dict[int, str]
 
+    @property
+    def ids(self) -> Ids:
+        """(n,) sample ids, each once."""
+        ...
+
+    @property
+    def sizes_hw(self) -> np.ndarray:
+        """(n, 2) upright height and width, px; 0 where a row is refused."""
+        ...
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """(n,) how often each row is trained in one epoch, at least 1."""
+        ...
+
     def __len__(self) -> int: ...
+
+    def digest_sum(self) -> np.ndarray:
+        """`text_columns.digest_sum` of ids, sizes and texts."""
+        ...
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """What `render_prompt` needs to know of some rows."""
@@ -101,7 +116,7 @@ def open_data(
     Raises:
         DataError: it is missing, of an unknown schema version, or has no pictures or texts.
     """
-    from sdtrain import hub_data, table_data
+    from sdtrain import hub_data, prepared_data, table_data
 
     path = Path(section.path)
     if path.suffix == ".lance" and (path / "_versions").is_dir() and table_data.is_curated(path):
@@ -110,13 +125,19 @@ def open_data(
     else:
         manifest = hub_data.manifest(section)
         policy = validate((manifest or {}).get("policy") or {}, PromptPolicy, f"{path}/{MANIFEST}")
-        splits = hub_data.open_splits(section, is_published=bool(manifest))
+        if manifest and prepared_data.shards(path, "train"):
+            splits = prepared_data.open_prepared(path, with_boxes=with_boxes)
+        else:
+            splits = hub_data.open_splits(section, is_published=bool(manifest))
         origin = f"{'prepared' if manifest else 'Hugging Face'} data set {section.path}"
     if splits.validation is not None:
         _keep_apart(splits, is_published=bool(manifest))
-    repeated = _repeated(splits.train)
-    if repeated:
-        splits.notes.append(f"{repeated} rows ask for repeats; each is trained once per epoch")
+    repeats = splits.train.repeats
+    if (repeats > 1).any():
+        splits.notes.append(
+            f"{int((repeats > 1).sum()):,} rows ask for repeats, up to {int(repeats.max()):,}: "
+            f"an epoch of {len(repeats):,} rows is {int(repeats.sum()):,} samples"
+        )
     provenance = {"path": section.path, "revision": splits.revision}
     provenance["certificate"] = (manifest or {}).get("certificate")
     return TrainingData(
@@ -143,8 +164,12 @@ class Splits:
 def _keep_apart(splits: Splits, *, is_published: bool) -> None:
     """Make sure that no picture is in both splits."""
     assert splits.validation is not None
-    in_train = {id_.split("#")[0] for id_ in splits.train.ids}
-    shared = [r for r, id_ in enumerate(splits.validation.ids) if id_.split("#")[0] in in_train]
+    if is_published:
+        shared = splits.validation.ids.rows_in(splits.train.ids)
+    else:  # the same file twice has the ids X and X#2
+        in_train = {id_.split("#")[0] for id_ in splits.train.ids}
+        held_out = enumerate(splits.validation.ids)
+        shared = [row for row, id_ in held_out if id_.split("#")[0] in in_train]
     if not shared:
         return
     if is_published:
@@ -158,47 +183,33 @@ def _keep_apart(splits: Splits, *, is_published: bool) -> None:
     splits.notes.append(f"{len(shared)} validation images are also in train and are left out")
 
 
-def _repeated(rows: Rows) -> int:
-    spans = range(0, len(rows), _RECORD_BATCH)
-    parts = (range(start, min(start + _RECORD_BATCH, len(rows))) for start in spans)
-    return sum((r.get("repeats") or 1) > 1 for part in parts for r in rows.records(part))
-
-
 def fingerprint(*splits: Rows | None) -> str:
     """Digest of the ids, sizes and texts of the splits, whatever their order on disk.
 
     Edited pictures show in the ids, which are digests of the files.
     """
-    total = blake2b(digest_size=16)
+    parts: list[object] = []
     for rows in splits:
-        lines = [] if rows is None else sorted(_lines(rows))
-        total.update(f"{len(lines)}\n".encode())
-        for line in lines:
-            total.update(line)
-    return total.hexdigest()
-
-
-def _lines(rows: Rows) -> list[bytes]:
-    lines = []
-    for start in range(0, len(rows), _RECORD_BATCH):
-        span = range(start, min(start + _RECORD_BATCH, len(rows)))
-        for row, record in zip(span, rows.records(span), strict=True):
-            known = [rows.ids[row], rows.sizes_hw[row].tolist(), row in rows.refused, record]
-            text = json.dumps(known, sort_keys=True, default=str)
-            lines.append(blake2b(text.encode(), digest_size=16).digest())
-    return lines
+        if rows is None:
+            parts.append("none")
+            continue
+        refused = sorted(rows.ids.at(np.array(sorted(rows.refused), np.int64)))
+        parts += [len(rows), *rows.digest_sum().tolist(), len(refused), *refused]
+    return digest("data", *parts)
 
 
 def renderer(
     rows: Rows, policy: PromptPolicy, seed: int, num_chunks: Callable[[str], int]
-) -> Callable[[Sequence[int], int], list[Text]]:
-    """The function from (rows, visit) to training texts that the global order asks."""
+) -> Callable[[Sequence[int], Sequence[int]], list[Text]]:
+    """The function from rows and their visits to training texts that the global order asks."""
 
-    def render(wanted: Sequence[int], visit: int) -> list[Text]:
+    def render(wanted: Sequence[int], visits: Sequence[int]) -> list[Text]:
         texts = []
-        for record in rows.records(wanted):
-            rendered = render_prompt(record, policy, seed, visit)
-            texts.append(Text(rendered.text, rendered.dropped, num_chunks(rendered.text)))
+        for start in range(0, len(wanted), _AT_ONCE):
+            span = slice(start, start + _AT_ONCE)
+            for record, visit in zip(rows.records(wanted[span]), visits[span], strict=True):
+                rendered = render_prompt(record, policy, seed, visit)
+                texts.append(Text(rendered.text, rendered.dropped, num_chunks(rendered.text)))
         return texts
 
     return render

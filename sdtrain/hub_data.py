@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from sdprep.console import progress, talk
 from sdprep.errors import DataError, nearest
@@ -16,6 +17,9 @@ from sdprep.images import ImageRejected, open_image
 from sdprep.schema import MANIFEST, read_manifest
 from sdprep.seeding import digest
 from sdtrain.dataset import Splits
+from sdtrain.ids import Ids
+from sdtrain.repeats import whole_repeats
+from sdtrain.text_columns import RECORD_COLUMNS, canonical, digest_sum, total
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,10 +29,8 @@ if TYPE_CHECKING:
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description", "sentence", "label_text")
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
-RECORD_COLUMNS = ("id", "caption", "captions", "tags", "score", "group_id", "repeats")
-"""What prompts are made of, and what near duplicates are told by."""
-
 _SCAN_ROWS = 64
+_DIGEST_ROWS = 65_536
 
 
 class HubRows:
@@ -50,12 +52,31 @@ class HubRows:
         self._boxes = dataset.select_columns(["boxes"]).with_format("arrow") if has_boxes else None
         has_source = caption_column is None and "source" in dataset.features
         self._source = dataset.select_columns(["source"]) if has_source else None
-        self.ids: list[str] = []
+        self.ids = Ids([])
+        self.repeats = np.ones(len(dataset), np.int64)
         self.sizes_hw = np.zeros((len(dataset), 2), np.int64)
         self.refused: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._text)
+
+    def digest_sum(self) -> np.ndarray:
+        """Of the texts, ids and sizes, whatever their order."""
+        return total(self._digest_sums())
+
+    def _digest_sums(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), _DIGEST_ROWS):
+            end = min(start + _DIGEST_ROWS, len(self))
+            table = self._text[start:end]
+            for name, column in (
+                ("id", self.ids[start:end]),
+                ("height", self.sizes_hw[start:end, 0]),
+                ("width", self.sizes_hw[start:end, 1]),
+            ):
+                if name in table.column_names:
+                    table = table.drop_columns([name])
+                table = table.append_column(name, pa.array(column))
+            yield digest_sum(canonical(table) if self._caption_column is None else table)
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Prepared columns by name; of other sets `id`, `caption` and `captions`."""
@@ -299,9 +320,12 @@ def _open_split(
     rows = HubRows(dataset, image, caption)
     if caption is None:
         small = dataset.select_columns(["id", "width", "height"]).with_format("arrow")[:]
-        rows.ids = small["id"].to_pylist()
+        rows.ids = Ids.of(small["id"].to_pylist())
         rows.sizes_hw = np.stack([small["height"].to_numpy(), small["width"].to_numpy()], 1)
         _require_unique(rows.ids, name)
+        if "repeats" in dataset.features:
+            asked = dataset.select_columns(["repeats"]).with_format("arrow")[:]
+            rows.repeats = whole_repeats(asked, rows.ids, f"split {name}")
     else:
         _scan(rows, name)
         silent = sum(record["caption"] is None for record in rows.records(range(len(rows))))
@@ -310,26 +334,26 @@ def _open_split(
     return rows
 
 
-def _require_unique(ids: list[str], split: str) -> None:
-    if len(set(ids)) == len(ids):
-        return
-    seen: set[str] = set()
-    twice = next(id_ for id_ in ids if id_ in seen or seen.add(id_))  # type: ignore[func-returns-value]
-    raise DataError(f"split {split} has the id {twice} twice", "Ids must name one row each.")
+def _require_unique(ids: Ids, split: str) -> None:
+    twice = ids.first_twice()
+    if twice is not None:
+        raise DataError(f"split {split} has the id {twice} twice", "Ids must name one row each.")
 
 
 def _scan(rows: HubRows, split: str) -> None:
     """Read every picture once: its id (a digest of the file), its size, whether it decodes."""
     counts: dict[str, int] = {}
+    ids = []
     with progress(f"looking at {split}", len(rows)) as bar, ThreadPoolExecutor() as pool:
         for row, (id_, size_hw, reason) in enumerate(_looked_at(rows, pool)):
             counts[id_] = counts.get(id_, 0) + 1
             # The same file twice is two rows; the second needs an id of its own.
-            rows.ids.append(id_ if counts[id_] == 1 else f"{id_}#{counts[id_]}")
+            ids.append(id_ if counts[id_] == 1 else f"{id_}#{counts[id_]}")
             rows.sizes_hw[row] = size_hw
             if reason is not None:
                 rows.refused[row] = f"{reason} (row {row} of {split})"
             bar.advance()
+    rows.ids = Ids.of(ids)
 
 
 def _looked_at(rows: HubRows, pool: ThreadPoolExecutor) -> Iterator[Any]:

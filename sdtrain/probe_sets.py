@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sdprep.buckets import Bucket
 from sdprep.console import warn
 from sdprep.errors import DataError
 from sdprep.prompts import PromptPolicy, validation_prompt
-from sdprep.seeding import digest, integer
+from sdprep.seeding import digest
 from sdtrain.buckets import Assignment
 from sdtrain.dataset import Rows
 from sdtrain.family import Family
@@ -232,14 +234,14 @@ def _choose(
     name: str, rows: Rows, assignment: Assignment, seed: int, num_images: int
 ) -> list[tuple[int, Bucket]]:
     """(row, bucket) of the images with the lowest keyed rank, one of each group."""
-    ranked = sorted(
-        zip(assignment.kept.tolist(), assignment.bucket_of.tolist(), strict=True),
-        key=lambda entry: integer(seed, "probe", name, rows.ids[entry[0]]),
-    )
+    ranks = rows.ids.ranks(seed, "probe", name)[assignment.kept]
+    by_rank = np.argsort(ranks, kind="stable")
     seen: set[str] = set()
     chosen: list[tuple[int, Bucket]] = []
-    for start in range(0, len(ranked), _RECORDS_AT_ONCE):
-        part = ranked[start : start + _RECORDS_AT_ONCE]
+    for start in range(0, len(by_rank), _RECORDS_AT_ONCE):
+        places = by_rank[start : start + _RECORDS_AT_ONCE]
+        members = assignment.kept[places].tolist(), assignment.bucket_of[places].tolist()
+        part = list(zip(*members, strict=True))
         for (row, bucket), record in zip(part, rows.records([r for r, _ in part]), strict=True):
             group = record.get("group_id") or rows.ids[row]
             if group not in seen and len(chosen) < num_images:

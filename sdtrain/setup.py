@@ -70,6 +70,7 @@ class Setup:
             texts,
             seed=self.recipe.seed,
             run_samples=self.recipe.data.run_samples,
+            repeats=self.data.train.repeats,
         )
 
     @property
@@ -79,7 +80,8 @@ class Setup:
         if train.samples is not None:
             return train.samples
         assert train.epochs is not None
-        return max(1, round(train.epochs * len(self.train.kept)))
+        epoch = int(self.data.train.repeats[self.train.kept].sum())
+        return max(1, round(train.epochs * epoch))
 
     @property
     def num_steps(self) -> int:

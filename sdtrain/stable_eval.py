@@ -67,7 +67,7 @@ class ProbeSet:
         self.micro_batch, self.device = micro_batch, device
         self.folder: Path | None = None  # where matrices go
         self.history: dict[int, np.ndarray] = {}  # clock to weighted losses of this run
-        self._row_of = {id_: row for row, id_ in enumerate(rows.ids)}
+        self._row_of = rows.ids.rows_of(image.id for image in probe.images)
         missing = [image.id for image in probe.images if image.id not in self._row_of]
         if missing:
             raise DataError(

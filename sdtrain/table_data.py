@@ -14,12 +14,16 @@ import pyarrow.compute as pc
 from sdprep.errors import DataError
 from sdprep.images import ImageRejected, open_image
 from sdtrain.dataset import Splits
+from sdtrain.ids import Ids
+from sdtrain.repeats import whole_repeats
+from sdtrain.text_columns import digest_sum, total
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from sdprep.table import PhotoTable
 
+_DIGEST_ROWS = 65_536
 BOXES = ".boxes"
 """How the columns end that hold the list of one detector."""
 
@@ -45,7 +49,8 @@ class TableRows:
         boxes = [name for name in rows.column_names if name.endswith(BOXES)]
         self._boxes, self._text = rows.select(boxes), rows.drop_columns(boxes)
         self._table: PhotoTable | None = None
-        self.ids: list[str] = rows["id"].to_pylist()
+        self.ids = Ids(rows["id"].chunks)
+        self.repeats = _repeats(rows, self.ids, path)
         self.sizes_hw = np.stack([rows["height"].to_numpy(), rows["width"].to_numpy()], 1)
         self.sizes_hw = self.sizes_hw.astype(np.int64)
         self.refused: dict[int, str] = {}
@@ -55,6 +60,11 @@ class TableRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}  # an open table does not travel
+
+    def digest_sum(self) -> np.ndarray:
+        """Of the texts, ids and sizes, whatever their order."""
+        batches = self._text.to_batches(max_chunksize=_DIGEST_ROWS)
+        return total(digest_sum(batch) for batch in batches)
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The composed columns of some rows, as they would be published."""
@@ -131,6 +141,15 @@ def open_table(path: Path, *, with_boxes: bool = False) -> Splits:
     if train is None:
         raise DataError(f"{path} has no kept image to train on", "See: sdprep status TABLE")
     return Splits(train, validation, str(table.version), notes)
+
+
+def _repeats(rows: pa.Table, ids: Ids, path: Path) -> np.ndarray:
+    """What the text beside the images asks for."""
+    texts = rows["text"].combine_chunks()
+    if not pa.types.is_struct(texts.type) or texts.type.get_field_index("repeats") < 0:
+        return np.ones(rows.num_rows, np.int64)
+    asked = pc.struct_field(texts, "repeats")
+    return whole_repeats(pa.table({"repeats": asked}), ids, str(path))
 
 
 def _box_columns(table: PhotoTable) -> list[str]:

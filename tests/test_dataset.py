@@ -85,7 +85,7 @@ def test_an_id_twice_is_refused(tmp_path: Path) -> None:
 
 def test_rows_that_ask_for_repeats_are_counted(tmp_path: Path) -> None:
     data = opened(write_prepared(tmp_path / "set", [prepared_row(0, repeats=3), prepared_row(1)]))
-    assert "1 rows ask for repeats; each is trained once per epoch" in data.notes
+    assert "1 rows ask for repeats, up to 3: an epoch of 2 rows is 4 samples" in data.notes
 
 
 def test_what_does_not_exist_says_so(tmp_path: Path) -> None:
@@ -284,9 +284,9 @@ def test_a_table_without_a_split_says_so(table: PhotoTable) -> None:
 def test_texts_are_keyed_by_seed_id_and_visit(prepared_folder: Path) -> None:
     data = opened(prepared_folder, prompt={"dropout_p": 0.3})
     render = renderer(data.train, data.policy, 5, lambda prompt: 1 + len(prompt) // 300)
-    texts = render([3, 0, 5], 2)
-    assert render([0], 2) == [texts[1]]
-    many = [text for visit in range(30) for text in render(range(14), visit)]
+    texts = render([3, 0, 5], [2, 2, 2])
+    assert render([0], [2]) == [texts[1]]
+    many = [text for visit in range(30) for text in render(range(14), [visit] * 14)]
     dropped = [text for text in many if text.is_dropped]
     assert 0.2 < len(dropped) / len(many) < 0.4
     assert {text.prompt for text in dropped} == {""}

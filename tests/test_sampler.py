@@ -27,6 +27,7 @@ class SizedRows:
     def __init__(self, ids: Sequence[str], sizes_hw: Sequence[tuple[int, int]]) -> None:
         self.ids, self.sizes_hw = list(ids), np.array(sizes_hw, np.int64).reshape(-1, 2)
         self.refused: dict[int, str] = {}
+        self.repeats = np.ones(len(self.ids), np.int64)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,15 +44,15 @@ def some_rows(count: int) -> SizedRows:
     return SizedRows([f"id{n:03d}" for n in range(count)], [sizes[n % 4] for n in range(count)])
 
 
-def order_of(rows: SizedRows, *, seed: int = 1, run_samples: int = 4, window: int = 7) -> Any:
-    def render(wanted: Sequence[int], visit: int) -> list[Text]:
+def order_of(rows: SizedRows, *, run_samples: int = 4, window: int = 7, **options: Any) -> Any:
+    def render(wanted: Sequence[int], visits: Sequence[int]) -> list[Text]:
         ids = [rows.ids[row] for row in wanted]
-        return [Text(f"{id_} {visit}", False, 1 + integer("c", id_, visit) % 2) for id_ in ids]
+        pairs = zip(ids, visits, strict=True)
+        return [Text(f"{i} {v}", False, 1 + integer("c", i, v) % 2) for i, v in pairs]
 
     assignment = assign(rows, BUCKETS, 1.0)
-    return GlobalOrder(
-        rows.ids, assignment, render, seed=seed, run_samples=run_samples, window=window
-    )
+    options = {"seed": 1, "run_samples": run_samples, "window": window, **options}
+    return GlobalOrder(rows.ids, assignment, render, **options)
 
 
 def keys(slots: Sequence[Slot]) -> list[tuple[str, int]]:
@@ -177,3 +178,50 @@ def test_more_than_a_fifth_refused_stops_the_run() -> None:
         require_enough(assign(rows, BUCKETS, 1.0), "train", 10)
     with pytest.raises(DataError, match="has no rows"):
         require_enough(assign(SizedRows([], []), BUCKETS, 1.0), "train", 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=20),
+    st.integers(1, 30),
+    st.integers(0, 90),
+)
+def test_repeats_come_so_often_per_epoch_with_visits_of_their_own(
+    repeats: list[int], window: int, start: int
+) -> None:
+    rows = some_rows(len(repeats))
+    order = order_of(rows, window=window, repeats=np.array(repeats))
+    assert order.epoch_samples == sum(repeats)
+    slots = list(islice(order.slots(), 3 * sum(repeats)))
+    for epoch in range(3):
+        part = slots[epoch * sum(repeats) : (epoch + 1) * sum(repeats)]
+        expected = [
+            (f"id{row:03d}", epoch * times + copy)
+            for row, times in enumerate(repeats)
+            for copy in range(times)
+        ]
+        assert sorted(keys(part)) == expected
+        assert all(slot.text.prompt == f"{slot.sample_id} {slot.visit}" for slot in part)
+    assert list(islice(order.slots(start), 20)) == list(islice(order.slots(), start + 20))[start:]
+
+
+def test_repeats_of_once_change_nothing_and_refused_rows_do_not_shift_them() -> None:
+    rows = some_rows(30)
+    plain = list(islice(order_of(rows).slots(), 60))
+    assert list(islice(order_of(rows, repeats=np.ones(30, np.int64)).slots(), 60)) == plain
+    rows.refused = {0: "broken: id000", 7: "broken: id007"}
+    order = order_of(rows, repeats=np.arange(1, 31))
+    counts = Counter(slot.sample_id for slot in islice(order.slots(), order.epoch_samples))
+    assert counts == {f"id{n:03d}": n + 1 for n in range(30) if n not in (0, 7)}
+
+
+def test_a_million_refusals_are_counted_without_their_words() -> None:
+    sizes = [(100, 100)] * 5 + [(20, 20)] * 3
+    rows = SizedRows([f"id{n}" for n in range(8)], sizes)
+    rows.refused = {2: "truncated: id2"}
+    refused = assign(rows, BUCKETS, 1.0).refused
+    assert refused.reasons() == {"truncated": 1, "upscale": 3}
+    assert list(refused) == [2, 5, 6, 7]
+    assert refused.examples(2) == ["truncated: id2", refused[5]]
+    assert "id5 of 20x20 px" in refused[5]
+    assert 0 not in refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdtrain.text import join_chunks, split_tokens, tokenize
+from sdtrain.token_counts import chunk_counter, is_clip
 from tests.tiny import load_tiny
 
 BOS, EOS, COMMA = 49406, 49407, 267
@@ -104,3 +106,29 @@ def test_an_end_marker_written_in_the_prompt_ends_the_pooled_text(
     with torch.no_grad():
         pooled = family.encode_prompts(["a cat", "a cat<|endoftext|> dog"]).pooled
     torch.testing.assert_close(pooled[0], pooled[1])
+
+
+@pytest.mark.parametrize("split", ["hard", "comma"])
+def test_chunks_are_counted_as_they_are_cut(tokenizers: dict[str, Any], split: Any) -> None:
+    texts = [
+        "",
+        "a cat",
+        "Ünïcödé 界 " * 30,
+        "cat, " * 75,
+        "&amp; <|endoftext|> x" * 9,
+        "a b! " * 99,
+    ]
+    assert is_clip(tokenizers["tokenizer"])
+    assert not is_clip(tokenizers["tokenizer_2"])  # takes "!" for padding wherever it stands
+    for tokenizer in tokenizers.values():
+        cut = [len(tokenize(tokenizer, text, 2, split).ids) for text in texts]
+        assert set(cut) == {1, 2}
+        assert [chunk_counter(tokenizer, 2, split)(text) for text in texts] == cut
+
+
+def test_another_tokenizer_is_not_taken_for_clips(tokenizers: dict[str, Any]) -> None:
+    other = copy.deepcopy(tokenizers["tokenizer"])
+    assert is_clip(other)
+    other.backend_tokenizer.normalizer = None
+    assert not is_clip(other)
+    assert not is_clip(object())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from sdtrain.text import (
     join_chunks,
     tokenize,
 )
+from sdtrain.token_counts import chunk_counter
 
 FULL_SIZE_MULTIPLE_PX = 64
 SMALLEST_FULL_SIZE_PX = 512
@@ -139,7 +141,12 @@ class StableDiffusion:
 
     def num_chunks(self, prompt: str) -> int:
         """How many chunks a prompt takes."""
-        return len(self._tokenize("text_encoder", prompt))
+        return self._count_chunks(prompt)
+
+    @cached_property
+    def _count_chunks(self) -> Callable[[str], int]:
+        tokenizer = self.folder.tokenizers["tokenizer"]
+        return chunk_counter(tokenizer, self.options.max_chunks, self.options.split)
 
     def _tokenize(self, encoder: str, prompt: str) -> Tensor:
         tokenizer = self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
