@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from sdtrain.family import Family
 
@@ -25,10 +25,27 @@ class Trained:
     parameter: nn.Parameter
 
 
+class UnsuitableError(Exception):
+    """A rule chooses a module that an adapter would be wrong for; `build_plan` names the rule.
+
+    Args:
+        path: canonical path of the module.
+        reason: what is the matter with it.
+        hint: what to do.
+    """
+
+    def __init__(self, path: str, reason: str, hint: str = "") -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+        self.hint = hint or "Freeze it by a later rule, or choose another adapter."
+
+
 class Adapter(Protocol):
     """One way of training a model."""
 
     name: str
+    reaches: str
+    """In words, which parameters it can train."""
 
     def attach(self, family: Family, rates: Mapping[str, float]) -> dict[str, Trained]:
         """Put the adapter into the networks, giving the same output as before.
@@ -39,10 +56,35 @@ class Adapter(Protocol):
 
         Returns:
             what trains, by canonical path.
+
+        Raises:
+            UnsuitableError: the rules choose a module that it cannot be right for.
+        """
+
+    def begin_step(self, seed: int, samples_seen: int) -> None:
+        """Learn where the clock stands before an optimizer step; most adapters do not care.
+
+        Args:
+            seed: the run's.
+            samples_seen: the clock.
         """
 
     def notes(self) -> list[str]:
         """Sentences that the user should see beside the plan."""
+
+    def kohya_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """For the file of ComfyUI and A1111: by canonical module path, then by end of the key.
+
+        Raises:
+            UserError: there is no such file of this adapter.
+        """
+
+    def diffusers_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """For the file of diffusers, with `alpha` beside the tensors.
+
+        Raises:
+            UserError: diffusers reads no such adapter.
+        """
 
     def save(self, family: Family, path: Path) -> list[Path]:
         """Write what was trained in the format that others read; returns the files or folders."""

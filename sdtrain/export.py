@@ -22,7 +22,6 @@ Format = Literal["single-file", "diffusers", "lora-kohya", "lora-diffusers"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 FORMATS = ("single-file", "diffusers", "lora-kohya", "lora-diffusers")
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass
@@ -34,18 +33,14 @@ class Opened:
         family: the model, with the adapter attached if there is one.
         made_at: when the checkpoint was written.
         adapter: how it was trained; None for a diffusers folder.
-        trained: the checkpoint's tensors by canonical path.
         state: the checkpoint's record; empty for a diffusers folder.
-        alpha: of a LoRA.
     """
 
     path: Path
     family: Any
     made_at: float
     adapter: Any = None
-    trained: Mapping[str, torch.Tensor] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
-    alpha: float | None = None
 
 
 def export(
@@ -61,7 +56,7 @@ def export(
 
     Args:
         path: a checkpoint of a run, a run folder for its newest, or a diffusers folder.
-        form: one of `FORMATS`; a LoRA is merged for the first two.
+        form: one of `FORMATS`; an adapter is merged for the first two.
         to: file or folder to make; nothing may be there yet.
         dtype: `fp32`, `fp16` or `bf16`.
         title: name of the model in the file; default: the name of `to`.
@@ -71,7 +66,8 @@ def export(
         path, format, dtype, samples_seen and bytes.
 
     Raises:
-        UserError: something is there already, or a LoRA is asked of what has none.
+        UserError: something is there already, or an adapter is asked of what has none, or has no
+            spelling in that format.
         DataError: the checkpoint cannot be read, or does not fit the precision.
     """
     if form not in FORMATS or dtype not in DTYPES:
@@ -128,12 +124,10 @@ def _open(path: Path) -> Opened:
     found = checkpoint_folder(path)
     state = checkpoint.read_state(found)
     recipe = validate(state["recipe"], TrainRecipe, str(found / checkpoint.STATE))
-    trained = checkpoint.read_trained(found)
     family, adapter, _, plan = open_model(recipe, torch.device("cpu"))
-    load_trained(plan, trained)
+    load_trained(plan, checkpoint.read_trained(found))
     made_at = (found / checkpoint.STATE).stat().st_mtime
-    alpha = getattr(recipe.adapter, "alpha", None)
-    return Opened(found, family, made_at, adapter, trained, state, alpha)
+    return Opened(found, family, made_at, adapter, state)
 
 
 def _family_of(path: Path) -> Any:
@@ -187,23 +181,30 @@ def _write_folder(opened: Opened, target: Path, dtype: str) -> None:
 def _write_lora(
     opened: Opened, form: str, target: Path, dtype: str, title: str, about: Any
 ) -> None:
-    modules = [path.removesuffix(_A) for path in opened.trained if path.endswith(_A)]
-    if not modules or opened.alpha is None:
+    if opened.adapter is None:
         raise UserError(
-            f"{opened.path} holds no LoRA, so --format {form} has nothing to write",
+            f"{opened.path} holds no adapter, so --format {form} has nothing to write",
             "Export it as single-file or diffusers.",
         )
-    kind = DTYPES[dtype]
-    pairs = {
-        module: tuple(cast(module + end, opened.trained[module + end], kind) for end in (_A, _B))
-        for module in modules
+    is_kohya = form == "lora-kohya"
+    found = opened.adapter.kohya_tensors() if is_kohya else opened.adapter.diffusers_tensors()
+    modules = {
+        module: {end: _cast(f"{module}.{end}", tensor, dtype) for end, tensor in ends.items()}
+        for module, ends in found.items()
     }
     spec = _spec(opened, title, about, is_adapter=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.new")
-    if form == "lora-kohya":
-        write_kohya(scratch, pairs, opened.alpha, opened.family, spec)
+    if is_kohya:
+        write_kohya(scratch, modules, opened.family, spec)
     else:
-        write_diffusers(scratch, pairs, opened.alpha, spec)
+        write_diffusers(scratch, modules, spec)
     write_hash(scratch)
     scratch.replace(target)
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Scalars such as alpha, and flags, stay as they are."""
+    if not tensor.dim() or not tensor.is_floating_point():
+        return tensor
+    return cast(name, tensor.detach(), DTYPES[dtype])

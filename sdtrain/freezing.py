@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import nn
 
 from sdprep.errors import UserError, nearest
-from sdtrain.adapter import Adapter, Trained
+from sdtrain.adapter import Adapter, Trained, UnsuitableError
 from sdtrain.family import Family
 from sdtrain.freeze_plan import FreezePlan, ParameterGroup, PlanRow
 from sdtrain.globs import matches, nearest_paths
@@ -87,13 +87,21 @@ def build_plan(
     for parameter in base.values():
         parameter.requires_grad_(False)
     rates = {path: decision.rate for path, decision in decisions.items() if decision.rate > 0}
-    trained = adapter.attach(family, rates)
+    try:
+        trained = adapter.attach(family, rates)
+    except UnsuitableError as error:
+        rule = decisions[f"{error.path}.weight"].rule
+        raise UserError(
+            f"train rule {rule!r} chooses {error.path}, which adapter {adapter.name} cannot "
+            f"train: {error.reason}",
+            error.hint,
+        ) from None
     if not trained:
         raise UserError(
             "nothing would train: every parameter is frozen",
             'Give train.rules a rule with a rate, such as { match = "unet.**", lr = 1e-6 }.',
         )
-    _require_every_rule(adapter.name, decisions, trained)
+    _require_every_rule(adapter, base, decisions, trained)
     for entry in trained.values():
         entry.parameter.requires_grad_(True)
     set_modes(family.parts)
@@ -164,15 +172,19 @@ def _matches_nothing(family: Family, glob: str, candidates: Sequence[str]) -> Us
 
 
 def _require_every_rule(
-    adapter: str, decisions: Mapping[str, Decision], trained: Mapping[str, Trained]
+    adapter: Adapter,
+    base: Mapping[str, nn.Parameter],
+    decisions: Mapping[str, Decision],
+    trained: Mapping[str, Trained],
 ) -> None:
     """An adapter reaches only some layers; a rule must not come to nothing unseen."""
     used = {decisions[entry.owner].rule for entry in trained.values()}
-    for decision in decisions.values():
+    for path, decision in decisions.items():
         if decision.rate > 0 and decision.rule not in used:
             raise UserError(
-                f"train rule {decision.rule!r} matches nothing that adapter {adapter} can train",
-                "Its globs must match linear layers of the transformer blocks; see [adapter].",
+                f"train rule {decision.rule!r} matches nothing that adapter {adapter.name} can "
+                f"train, only such as {path} {tuple(base[path].shape)}",
+                f"Its globs must match {adapter.reaches}; see [adapter], targets.",
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "base_layer.")
+ADAPTER_MARKS = (".lora_", ".hada_", ".lokr_", ".adapter.")
 
 
 def canonical_path(part: str, network: nn.Module, live_name: str) -> str:
@@ -34,5 +35,5 @@ def is_clip_text(network: nn.Module) -> bool:
 
 
 def is_adapter(live_name: str) -> bool:
-    """Whether a live name belongs to an adapter that peft put beside a base weight."""
-    return ".lora_" in live_name
+    """Whether a live name belongs to an adapter beside a base weight: one of peft's or ours."""
+    return any(mark in live_name for mark in ADAPTER_MARKS)

@@ -45,6 +45,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     for group in run.optimizer.param_groups:
         group["lr"] = rates.get(group.get("rule", group["name"]), 0.0)
 
+    setup.adapter.begin_step(setup.recipe.seed, run.samples_seen)
     positions: list[int] = []
     levels: list[float] = []
     masked: list[bool] = []

@@ -13,10 +13,8 @@ from safetensors import safe_open
 
 from sdprep.errors import UserError
 from sdprep.plugins import config_for, configs
-from sdtrain.adapters.lora import lora_layers, matrices
 from sdtrain.formats.lora_keys import kohya_stem
 from sdtrain.freezing import Rule, build_plan
-from tests.full_size import sd15_unet, sdxl_unet
 from tests.test_families import load_pipeline
 from tests.tiny import load_tiny, tiny_batch
 
@@ -48,7 +46,9 @@ def disturb(plan: Any) -> None:
 
 
 def test_every_adapter_is_tested_here() -> None:
-    assert list(configs("adapter")) == ["full", "lora"]
+    from tests.test_adapters_kinds import CASES
+
+    assert list(configs("adapter")) == sorted({"full", "lora", *(case[0] for case in CASES)})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -63,10 +63,10 @@ def test_lora_starts_as_the_base_and_merges_into_what_it_says(
     assert (changed - predict(base)).abs().max() > 1e-3
 
     expected = dict(base.named_parameters())
-    for part in family.trainable_parts:
-        for path, layer in lora_layers(part, family.parts[part]):
-            down, up = matrices(layer)
-            expected[f"{path}.weight"] = expected[f"{path}.weight"] + 2.0 / 4 * up @ down
+    trained = plan.trained()
+    for path in adapter.layers:
+        down, up = trained[f"{path}.lora_A.weight"], trained[f"{path}.lora_B.weight"]
+        expected[f"{path}.weight"] = expected[f"{path}.weight"] + 2.0 / 4 * up @ down
     adapter.merge(family)
     torch.testing.assert_close(predict(family), changed, rtol=5e-6, atol=5e-6)
     merged = dict(family.named_parameters())
@@ -137,7 +137,9 @@ def test_both_files_reload_in_diffusers_with_the_same_output(
 
 
 def test_keys_of_the_full_size_models(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    xl = {"has_two_encoders": True}
+    blocks = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    config = {"layers_per_block": 2, "up_block_types": blocks}
+    xl: Any = {"has_two_encoders": True, "unet_config": config}
     block = "transformer_blocks.0.attn1.to_q"
     assert (
         kohya_stem(f"unet.down_blocks.1.attentions.0.{block}", **xl)
@@ -153,7 +155,9 @@ def test_keys_of_the_full_size_models(tiny_model: Callable[[str], Path], tmp_pat
     assert kohya_stem(f"text_encoder_2.{layer}", **xl) == (
         "lora_te2_text_model_encoder_layers_3_mlp_fc1"
     )
-    assert kohya_stem(f"text_encoder.{layer}", has_two_encoders=False).startswith("lora_te_text_")
+    assert kohya_stem(
+        f"text_encoder.{layer}", has_two_encoders=False, unet_config=config
+    ).startswith("lora_te_text_")
     family, adapter, _ = with_lora(tiny_model("sd15"), alpha=3.0)
     adapter.save(family, tmp_path)
     with safe_open(str(tmp_path / "pytorch_lora_weights.safetensors"), "pt") as opened:
@@ -163,28 +167,3 @@ def test_keys_of_the_full_size_models(tiny_model: Callable[[str], Path], tmp_pat
     encoder_keys = [key for key in keys if key.startswith("text_encoder")]
     assert encoder_keys
     assert all(key.startswith("text_encoder.text_model.encoder.") for key in encoder_keys)
-
-
-@pytest.mark.parametrize(
-    ("unet", "targets", "rank", "num_modules", "parameters"),
-    [
-        ("sdxl", "attention", 8, 560, 11_612_160),
-        ("sdxl", "attention", 16, 560, 23_224_320),
-        ("sdxl", "attention", 128, 560, 185_794_560),
-        ("sdxl", "attention+ff", 8, 700, 20_930_560),
-        ("sdxl", "attention+ff", 128, 700, 334_888_960),
-        ("sd15", "attention", 128, 128, 25_509_888),
-    ],
-)
-def test_lora_parameter_counts_of_the_full_size_unets(
-    unet: str, targets: str, rank: int, num_modules: int, parameters: int
-) -> None:
-    network = {"sdxl": sdxl_unet, "sd15": sd15_unet}[unet]()
-    adapter = config_for("adapter", "lora")(rank=rank, targets=targets).build()
-    chosen = [
-        module
-        for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and adapter._is_target(name)
-    ]
-    assert len(chosen) == num_modules
-    assert sum(rank * (m.in_features + m.out_features) for m in chosen) == parameters

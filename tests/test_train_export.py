@@ -132,7 +132,7 @@ def test_precision_is_what_was_asked(tiny_model: Callable[[str], Path], tmp_path
 
 def test_what_cannot_be_exported_is_said(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny_model("sd15")
-    with pytest.raises(UserError, match="holds no LoRA"):
+    with pytest.raises(UserError, match="holds no adapter"):
         export(folder, "lora-kohya", tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="end it in"):
         export(folder, "single-file", tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -22,12 +23,11 @@ from sdprep.captioners._generation import (
     answers_of,
     generation_config,
     load_model,
-    model_captioner,
     token_ids,
 )
-from sdprep.devices import BatchSize, DeviceName
+from sdprep.devices import BatchSize, DeviceName, torch_device
 from sdprep.errors import DataError
-from sdprep.model_files import ModelFolder, ModelName, Revision, model_folder
+from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
 from sdprep.recipe import AnnotatorConfig
 from sdprep.tag_rules import written_tag
 
@@ -67,17 +67,21 @@ class Config(AnnotatorConfig):
         """
         folder = model_folder(self.model, self.revision, FILES)
         folder.need("config.json")
+        device = torch_device(self.device, "captioner tipo")
+        keys = {"quality", "length", "seed", "temperature", "top_p", "top_k", "min_p"}
+        told = self.model_dump(mode="json", include=keys | {"max_new_tokens", "precision"})
 
         def draw(sample: Sample) -> tuple[int, str | None]:
             return 0, tipo_prompt(sample.row, self.quality, self.length)
 
-        return model_captioner(
-            self,
-            folder,
-            TipoWriter,
+        return ModelCaptioner(
+            "captioner tipo",
+            fingerprint("tipo", 1, folder, **told),
+            self.batch_size,
+            self.seed,
             draw,
-            options={"quality", "length", "top_k", "min_p"},
-            pixels=PixelNeeds(pixels=False, columns=("tags",)),
+            functools.partial(TipoWriter, folder, self, device),
+            PixelNeeds(pixels=False, columns=("tags",)),
         )
 
 

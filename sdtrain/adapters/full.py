@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
+from sdprep.errors import UserError
 from sdprep.recipe import Section
 from sdtrain.adapter import Trained
 from sdtrain.family import Family
@@ -25,6 +28,7 @@ class Full:
     """Trains every base parameter that a rule gives a rate."""
 
     name = "full"
+    reaches = "every parameter"
 
     def attach(self, family: Family, rates: Mapping[str, float]) -> dict[str, Trained]:
         """The base parameters with a rate, unchanged."""
@@ -37,6 +41,20 @@ class Full:
     def notes(self) -> list[str]:
         """Nothing to say."""
         return []
+
+    def begin_step(self, seed: int, samples_seen: int) -> None:
+        """Nothing depends on the clock."""
+
+    def kohya_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Refused: the whole model was trained."""
+        raise UserError(
+            "adapter full trains the model itself, so there is no adapter to write",
+            "Export it as single-file or diffusers.",
+        )
+
+    def diffusers_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Refused: the whole model was trained."""
+        return self.kohya_tensors()
 
     def save(self, family: Family, path: Path) -> list[Path]:
         """A complete diffusers folder."""
