@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sdprep.caption_json import asks_for_json, words_in_json
+
 FLAGS = (
     *("empty", "repetition", "unfinished", "refusal", "boilerplate", "preamble", "markdown"),
     *("json", "url", "script", "language", "length", "word_list", "contradiction", "similarity"),
@@ -287,10 +289,15 @@ def check_text(
         habits: what is usual among the captions beside it.
     """
     habits = habits or Habits()
+    if asks_for_json(prompt):
+        inside = words_in_json(text)
+        if inside is None:
+            return {"json": f"JSON was asked for, and this is none: {text.strip()[:60]!r}"}
+        text = inside
     words = words_of(text)
     if not words:
         return {"empty": "no words"}
-    is_list = asks_for_list(prompt)
+    is_list = asks_for_list(prompt) or asks_for_json(prompt)
     found: dict[str, str | None] = {
         "repetition": repetition(words),
         "unfinished": unfinished(text, words, finish_reason, habits, is_list),
@@ -303,9 +310,12 @@ def check_text(
     return {flag: found[flag] for flag in FLAGS if found.get(flag)}  # type: ignore[misc]
 
 
-def malformed(text: str) -> str | None:
-    """Why a model's answer is worth another try: empty, a loop, a refusal, or broken characters."""
-    found = check_text(text)
+def malformed(text: str, prompt: str | None = None) -> str | None:
+    """Why a model's answer is worth another try: empty, a loop, a refusal, or broken characters.
+
+    JSON is malformed unless the prompt asks for it, and then whatever is none.
+    """
+    found = check_text(text, prompt=prompt)
     for flag in ("empty", "repetition", "refusal", "json"):
         if flag in found:
             return f"{flag}: {found[flag]}"

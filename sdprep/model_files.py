@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from sdprep.errors import DataError, UserError
+from sdprep.file_digests import file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,9 +134,7 @@ def _digest(folder: Path, files: Sequence[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch.fnmatchcase(path.name, each) for each in files):
-            with path.open("rb") as stream:
-                content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
-            digest.update(json.dumps([path.name, content.hexdigest()]).encode())
+            digest.update(json.dumps([path.name, file_digest(path)]).encode())
     return digest.hexdigest()
 
 

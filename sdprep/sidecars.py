@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,6 +76,41 @@ def parse_json_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any] | None]]
             except BadText:
                 record = None
             yield number, record if isinstance(record, dict) else None
+
+
+def parse_csv(data: bytes) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Line and record of each row under a header; None where a row has more fields than that.
+
+    Raises:
+        BadText: it is no CSV.
+    """
+    text, _ = decode_text(data)
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in rows:
+            yield rows.line_num, None if None in row else {k: v for k, v in row.items() if v}
+    except csv.Error:
+        raise BadText("bad_csv") from None
+
+
+def parse_parquet(data: bytes) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Number, from 1, and record of each row.
+
+    Raises:
+        BadText: it is no Parquet.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError):
+        raise BadText("bad_parquet") from None
+    number = 0
+    for batch in table.to_batches(max_chunksize=10_000):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
 
 
 def text_of_record(record: Mapping[str, Any]) -> tuple[ItemText, list[str]]:

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tomllib
 import zlib
 from collections.abc import Iterator
@@ -204,6 +205,7 @@ def _read_tagcomplete_row(line: int, row: list[str], found: _Reading) -> None:
 
 
 def _read_json(text: str, path: Path, found: _Reading) -> str:
+    text = _without_wrapping(text)
     is_array = text.lstrip().startswith("[")
     for line, entry in _json_entries(text, is_array, path, found):
         found.rows += 1
@@ -214,6 +216,17 @@ def _read_json(text: str, path: Path, found: _Reading) -> str:
         found.link(entry["antecedent_name"], entry["consequent_name"], line, status)
         found.rows_with_links += 1
     return "danbooru json" if is_array else "danbooru jsonl"
+
+
+def _without_wrapping(text: str) -> str:
+    """The list in an answer of e621's API, `{"tag_aliases": [...]}`; other text as it is."""
+    if not re.match(r'\s*\{\s*"tag_(?:aliases|implications)"\s*:', text):
+        return text
+    try:
+        (entries,) = json.loads(text).values()
+    except ValueError:
+        return text
+    return json.dumps(entries) if isinstance(entries, list) else text
 
 
 def _json_entries(

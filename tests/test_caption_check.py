@@ -25,7 +25,7 @@ from sdprep.caption_check import (
 )
 from sdprep.caption_claims import Seen, check_claims, people_claimed
 from sdprep.caption_drift import describe_set, keyed_sample
-from sdprep.caption_monitors import Habits, check_text, words_of
+from sdprep.caption_monitors import Habits, check_text, malformed, words_of
 from sdprep.caption_rows import Caption
 from sdprep.cli import main
 from sdprep.seeding import integer
@@ -184,6 +184,27 @@ def test_an_image_prompt_may_be_a_list() -> None:
     text = "1girl, solo, long_hair, blue_eyes, smile, outdoors"
     assert "word_list" in check_text(text, prompt="Describe this image.")
     assert "word_list" not in check_text(text, prompt="Write a stable diffusion prompt.")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ('{"caption": "A dog sits on the grass.", "tags": ["dog", "grass", "day", "park"]}', []),
+        ('```json\n{"caption": "A dog sits on the grass."}\n```', []),
+        ('[{"caption": "A dog sits on the grass."}]', []),
+        ('{"caption": "A dog sits on the', ["json"]),
+        ("A dog sits on the grass.", ["json"]),
+        ('"A dog"', ["json"]),
+        ('{"caption": "I cannot describe this picture."}', ["refusal"]),
+        ('{"people": 2}', ["empty"]),
+    ],
+)
+def test_json_that_was_asked_for_must_be_whole(text: str, flags: list[str]) -> None:
+    asked = 'Answer as JSON: {"caption": "…"}'
+    assert list(check_text(text, prompt=asked)) == flags
+    assert (malformed(text, asked) is not None) == bool(flags)
+    if text.startswith("{"):
+        assert malformed(text), "nobody asked for it"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,10 @@ LINKS = [
 def _danbooru(tmp_path, form):
     keys = ("antecedent_name", "consequent_name", "status")
     entries = [dict(zip(keys, link, strict=True)) for link in LINKS]
-    if form == "json":
+    if form == "e621 json":
+        path = tmp_path / "aliases.json"
+        path.write_text(json.dumps({"tag_aliases": entries}, indent=1), "utf-8")
+    elif form == "json":
         path = tmp_path / "tag aliases.json"
         path.write_text(json.dumps(entries), "utf-8")
     elif form == "jsonl":
@@ -86,7 +89,7 @@ def _danbooru(tmp_path, form):
     return path
 
 
-@pytest.mark.parametrize("form", ["json", "jsonl", "csv.gz"])
+@pytest.mark.parametrize("form", ["json", "e621 json", "jsonl", "csv.gz"])
 def test_danbooru_lists_in_every_form(tmp_path, form):
     report = lint(read_tag_list(_danbooru(tmp_path, form)))
     expected = {"not_active": 1, "self": 1, "cycle": 3, "conflict": 1, "shortcut": 1}

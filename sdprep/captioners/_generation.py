@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -14,9 +15,9 @@ from pydantic import Field
 from sdprep.annotate import PixelNeeds, Sample
 from sdprep.caption_monitors import malformed
 from sdprep.caption_prompts import CAPTION_COLUMNS, seed_of_try
-from sdprep.devices import FittingBatches
+from sdprep.devices import FittingBatches, torch_device
 from sdprep.errors import DataError
-from sdprep.model_files import ModelFolder
+from sdprep.model_files import ModelFolder, fingerprint
 from sdprep.pretrained import load_parts
 from sdprep.seeding import rng_for
 
@@ -114,7 +115,7 @@ class ModelCaptioner:
             answers = self._batches.run(self._write, requests)
             failed = []
             for request, answer in zip(requests, answers, strict=True):
-                why = malformed(answer.text)
+                why = malformed(answer.text, request.prompt)
                 if why is None:
                     rows[request.id] |= _values(request, answer)
                 elif again:
@@ -140,6 +141,45 @@ class ModelCaptioner:
 def _values(request: Request, answer: Answer) -> dict[str, Any]:
     said = {"text": answer.text, "finish_reason": answer.finish_reason}
     return said | {"prompt": request.prompt, "seed": request.seed}
+
+
+_SHARED_OPTIONS = {"seed", "temperature", "top_p", "max_new_tokens", "precision"}
+
+
+def model_captioner(
+    config: Any,
+    folder: ModelFolder,
+    writer: Callable[[ModelFolder, Any, str], Writer],
+    draw: Callable[[Sample], tuple[int, str | None]],
+    *,
+    options: set[str],
+    pixels: PixelNeeds = PIXELS,
+    **more: Any,
+) -> ModelCaptioner:
+    """The captioner of a plugin's options; weights are read with the first batch.
+
+    Args:
+        config: the plugin's own, with all options that captioners with a model share.
+        writer: loads the model of a folder onto a device.
+        draw: as `ModelCaptioner` takes it.
+        options: further ones that change a caption.
+        more: what else changes one.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    who = f"captioner {config.type}"
+    device = torch_device(config.device, who)
+    told = config.model_dump(mode="json", include=_SHARED_OPTIONS | options) | more
+    return ModelCaptioner(
+        who,
+        fingerprint(config.type, 1, folder, **told),
+        config.batch_size,
+        config.seed,
+        draw,
+        functools.partial(writer, folder, config, device),
+        pixels,
+    )
 
 
 class KeyedSampler:

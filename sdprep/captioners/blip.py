@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,11 +21,12 @@ from sdprep.captioners._generation import (
     answers_of,
     generation_config,
     load_model,
+    model_captioner,
     token_ids,
 )
-from sdprep.devices import BatchSize, DeviceName, torch_device
+from sdprep.devices import BatchSize, DeviceName
 from sdprep.errors import DataError
-from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
+from sdprep.model_files import ModelFolder, ModelName, Revision, model_folder
 from sdprep.recipe import AnnotatorConfig
 
 
@@ -60,19 +60,16 @@ class Config(AnnotatorConfig):
                 f"model {folder.name} is of type {found!r}, expected blip",
                 "For a chat model take the captioner vlm.",
             )
-        device = torch_device(self.device, "captioner blip")
-        keys = {"beginning", "seed", "temperature", "top_p", "max_new_tokens", "precision"}
 
         def draw(sample: Sample) -> tuple[int, str | None]:
             return 0, self.beginning
 
-        return ModelCaptioner(
-            "captioner blip",
-            fingerprint("blip", 1, folder, **self.model_dump(mode="json", include=keys)),
-            self.batch_size,
-            self.seed,
+        return model_captioner(
+            self,
+            folder,
+            BlipWriter,
             draw,
-            functools.partial(BlipWriter, folder, self, device),
+            options={"beginning"},
         )
 
 

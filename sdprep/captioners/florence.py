@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,11 +21,12 @@ from sdprep.captioners._generation import (
     answers_of,
     generation_config,
     load_model,
+    model_captioner,
     token_ids,
 )
-from sdprep.devices import BatchSize, DeviceName, torch_device
+from sdprep.devices import BatchSize, DeviceName
 from sdprep.errors import DataError
-from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
+from sdprep.model_files import ModelFolder, ModelName, Revision, model_folder
 from sdprep.recipe import AnnotatorConfig
 
 
@@ -62,19 +62,16 @@ class Config(AnnotatorConfig):
                 "as transformers itself has it",
                 "The converted models are florence-community/Florence-2-base, -large and others.",
             )
-        device = torch_device(self.device, "captioner florence")
-        keys = {"task", "seed", "temperature", "top_p", "max_new_tokens", "precision"}
 
         def draw(sample: Sample) -> tuple[int, str | None]:
             return 0, f"<{self.task.upper()}>"
 
-        return ModelCaptioner(
-            "captioner florence",
-            fingerprint("florence", 1, folder, **self.model_dump(mode="json", include=keys)),
-            self.batch_size,
-            self.seed,
+        return model_captioner(
+            self,
+            folder,
+            FlorenceWriter,
             draw,
-            functools.partial(FlorenceWriter, folder, self, device),
+            options={"task"},
         )
 
 

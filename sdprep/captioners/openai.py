@@ -174,7 +174,7 @@ class OpenaiCaptioner:
             answer = self.endpoint.chat(self._body(prompt, picture, seed), sample.id)
             self._usage.add(answer.get("usage"))
             text, reason = _content(answer)
-            why = malformed(text) or ""
+            why = malformed(text, prompt) or ""
             if not why:
                 return {"text": text, "prompt": prompt, "seed": seed, "finish_reason": reason}
         raise CallFailed(f"malformed answer twice; {why}: {text[:80]!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -23,11 +22,12 @@ from sdprep.captioners._generation import (
     answers_of,
     generation_config,
     load_model,
+    model_captioner,
     token_ids,
 )
-from sdprep.devices import BatchSize, DeviceName, torch_device
+from sdprep.devices import BatchSize, DeviceName
 from sdprep.errors import DataError
-from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
+from sdprep.model_files import ModelFolder, ModelName, Revision, model_folder
 from sdprep.recipe import AnnotatorConfig
 from sdprep.tag_rules import written_tag
 
@@ -67,21 +67,17 @@ class Config(AnnotatorConfig):
         """
         folder = model_folder(self.model, self.revision, FILES)
         folder.need("config.json")
-        device = torch_device(self.device, "captioner tipo")
-        keys = {"quality", "length", "seed", "temperature", "top_p", "top_k", "min_p"}
-        told = self.model_dump(mode="json", include=keys | {"max_new_tokens", "precision"})
 
         def draw(sample: Sample) -> tuple[int, str | None]:
             return 0, tipo_prompt(sample.row, self.quality, self.length)
 
-        return ModelCaptioner(
-            "captioner tipo",
-            fingerprint("tipo", 1, folder, **told),
-            self.batch_size,
-            self.seed,
+        return model_captioner(
+            self,
+            folder,
+            TipoWriter,
             draw,
-            functools.partial(TipoWriter, folder, self, device),
-            PixelNeeds(pixels=False, columns=("tags",)),
+            options={"quality", "length", "top_k", "min_p"},
+            pixels=PixelNeeds(pixels=False, columns=("tags",)),
         )
 
 

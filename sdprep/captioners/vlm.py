@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,11 +28,12 @@ from sdprep.captioners._generation import (
     answers_of,
     generation_config,
     load_model,
+    model_captioner,
     token_ids,
 )
-from sdprep.devices import BatchSize, DeviceName, torch_device
+from sdprep.devices import BatchSize, DeviceName
 from sdprep.errors import DataError
-from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
+from sdprep.model_files import ModelFolder, ModelName, Revision, model_folder
 from sdprep.recipe import AnnotatorConfig
 
 
@@ -62,21 +62,18 @@ class Config(AnnotatorConfig):
         """
         folder = model_folder(self.model, self.revision, FILES)
         folder.need("config.json")
-        device = torch_device(self.device, "captioner vlm")
         templates = templates_of(self.prompt, self.templates)
-        keys = {"system", "seed", "temperature", "top_p", "max_new_tokens", "precision"}
-        told = self.model_dump(mode="json", include=keys) | {"templates": dump(templates)}
 
         def draw(sample: Sample) -> tuple[int, str]:
             return draw_prompt(templates, self.seed, sample.id, sample.row)
 
-        return ModelCaptioner(
-            "captioner vlm",
-            fingerprint("vlm", 1, folder, **told),
-            self.batch_size,
-            self.seed,
+        return model_captioner(
+            self,
+            folder,
+            VlmWriter,
             draw,
-            functools.partial(VlmWriter, folder, self, device),
+            options={"system"},
+            templates=dump(templates),
         )
 
 

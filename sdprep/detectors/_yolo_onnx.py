@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from sdprep.boxes import not_overlapping
-from sdprep.errors import DataError, MissingExtraError, UserError
+from sdprep.errors import DataError, UserError
+from sdprep.onnx_sessions import open_session
 
 WHO = "detector yolo"
 MAX_BOXES = 300
@@ -44,7 +45,7 @@ class OnnxYolo:
             UserError: ONNX Runtime is missing, or the device, or it is another kind of model.
         """
         self.path = path
-        self.session = _session(path, device)
+        self.session = open_session(path, device, WHO, "detect")
         facts = self.session.get_modelmeta().custom_metadata_map
         task = facts.get("task", "detect")
         if task not in TASKS:
@@ -168,32 +169,6 @@ def _neighbours(from_px: int, to_px: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 # --- the file ------------------------------------------------------------------------------------
-
-
-def _session(path: Path, device: str) -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise MissingExtraError("onnxruntime", "detect", f"{WHO} with {path.name}") from None
-    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.startswith("cuda") or (device == "auto" and has_cuda):
-        number = int(device.partition(":")[2] or 0)
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
-    if device == "mps" or (device.startswith("cuda") and not has_cuda):
-        raise UserError(
-            f"{WHO}: this ONNX Runtime does not run on {device}",
-            "pip install onnxruntime-gpu in place of onnxruntime, or take --device cpu.",
-        )
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=providers)
-    except Exception as error:  # its exceptions have no common base of their own
-        raise DataError(f"{path} cannot be opened by ONNX Runtime: {error}") from None
-    if device.startswith("cuda") and "CUDAExecutionProvider" not in session.get_providers():
-        raise UserError(
-            f"{WHO}: ONNX Runtime could not start on {device}; its own message is above"
-        )
-    return session
 
 
 def _names(text: str, path: Path) -> dict[int, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from pydantic import Field
 
+from sdprep.annotate import Sample
 from sdprep.schema import SCORED_TAG
 
 COLUMNS = pa.schema([pa.field("tags", pa.list_(SCORED_TAG))])
@@ -21,6 +23,18 @@ StoreAbove = Annotated[
         description="Least probability that is stored (0 to 1); [tags.thresholds] apply later.",
     ),
 ]
+
+
+def tagged(
+    batch: Sequence[Sample],
+    probabilities: Callable[[Sequence[Image.Image]], Iterable[np.ndarray]],
+    tags: Sequence[tuple[str, str | None]],
+    store_above: float,
+) -> pa.RecordBatch:
+    """What a tagger stores of a batch: `scored_tags` of each picture."""
+    images = [sample.image for sample in batch if sample.image is not None]
+    rows = [{"tags": scored_tags(found, tags, store_above)} for found in probabilities(images)]
+    return pa.RecordBatch.from_pylist(rows, schema=COLUMNS)
 
 
 def scored_tags(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sdprep.console import say, warn
 from sdprep.devices import batch_on, torch_device
-from sdprep.errors import DataError, MissingExtraError, UserError
+from sdprep.errors import DataError, MissingExtraError
 from sdprep.model_files import ModelFolder
+from sdprep.onnx_sessions import device_of, open_session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,15 +44,8 @@ class OnnxBackend:
             UserError: ONNX Runtime or the device is missing, or it is another kind of graph.
         """
         self.check(folder)
-        import onnxruntime
-
         path = folder.need(ONNX_FILE)
-        providers = _providers(device, onnxruntime)
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=providers)
-        except Exception as error:  # its exceptions have no common base of their own
-            raise DataError(f"{path} cannot be opened by ONNX Runtime: {error}") from None
-        _check_provider(self.session, providers, device)
+        self.session = open_session(path, device, WHO, "tag")
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         shape = inputs[0].shape
         if len(inputs) != 1 or len(shape) != 4 or shape[3] != 3 or not _is_square(shape[1:3]):
@@ -68,7 +61,7 @@ class OnnxBackend:
         self.side_px: int = shape[1]
         self.name = inputs[0].name
         self.fixed = shape[0] if isinstance(shape[0], int) else None
-        self.device = "cpu" if self.session.get_providers()[0] == providers[-1] else "cuda"
+        self.device = device_of(self.session)
         self.path = path
 
     @staticmethod
@@ -113,40 +106,6 @@ def _need_package(package: str, extra: str, file: str) -> None:
 
 def _is_square(sides: list[Any]) -> bool:
     return isinstance(sides[0], int) and sides[0] == sides[1] and sides[0] > 0
-
-
-def _providers(device: str, onnxruntime: Any) -> list[Any]:
-    """What ONNX Runtime shall run on; what `auto` chose is said aloud.
-
-    Raises:
-        UserError: the device that was asked for is not there; nothing else is taken instead.
-    """
-    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if device == "auto":
-        say(f"{WHO} runs on {'cuda' if has_cuda else 'cpu'} (ONNX Runtime)")
-        device = "cuda" if has_cuda else "cpu"
-    if device == "cpu":
-        return ["CPUExecutionProvider"]
-    if device == "mps":
-        raise UserError(
-            f"{WHO}: {ONNX_FILE} does not run on mps", "Take --device cpu, or backend = timm."
-        )
-    if not has_cuda:
-        raise UserError(
-            f"{WHO}: device {device} is not there; this ONNX Runtime was built without CUDA",
-            "pip install onnxruntime-gpu in place of onnxruntime, or take --device auto.",
-        )
-    index = device.partition(":")[2] or "0"
-    return [("CUDAExecutionProvider", {"device_id": index}), "CPUExecutionProvider"]
-
-
-def _check_provider(session: Any, providers: list[Any], device: str) -> None:
-    """ONNX Runtime goes on with the CPU when CUDA's libraries do not load; we do not."""
-    if len(providers) > 1 and "CUDAExecutionProvider" not in session.get_providers():
-        message = f"{WHO}: ONNX Runtime could not start CUDA"
-        if device != "auto":
-            raise UserError(message, "Its log above names the library that is missing.")
-        warn(f"{message} and runs on the CPU")
 
 
 class TimmBackend:

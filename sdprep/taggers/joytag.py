@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from sdprep.errors import DataError
 from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
 from sdprep.recipe import AnnotatorConfig
 from sdprep.taggers._joytag_vit import JoyTagViT, read_config
-from sdprep.taggers._scored_tags import COLUMNS, StoreAbove, scored_tags
+from sdprep.taggers._scored_tags import COLUMNS, StoreAbove, tagged
 from sdprep.taggers._white_square import white_square
 
 FILES = ("config.json", "model.safetensors", "top_tags.txt")
@@ -65,12 +66,8 @@ class JoyTagTagger:
 
     def annotate(self, batch: Sequence[Sample]) -> pa.RecordBatch:
         """Every tag at or above the storing threshold, the most probable first."""
-        images = [sample.image for sample in batch if sample.image is not None]
-        rows: list[dict[str, Any]] = [
-            {"tags": scored_tags(found, self.tags, self.store_above)}
-            for found in self._batches.run(self._probabilities, images)
-        ]
-        return pa.RecordBatch.from_pylist(rows, schema=COLUMNS)
+        run = functools.partial(self._batches.run, self._probabilities)
+        return tagged(batch, run, self.tags, self.store_above)
 
     def _probabilities(self, images: Sequence[Image.Image]) -> np.ndarray:
         import torch

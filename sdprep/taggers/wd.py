@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from sdprep.devices import BatchSize, DeviceName, FittingBatches
 from sdprep.errors import DataError
 from sdprep.model_files import ModelFolder, ModelName, Revision, fingerprint, model_folder
 from sdprep.recipe import AnnotatorConfig
-from sdprep.taggers._scored_tags import COLUMNS, StoreAbove, scored_tags
+from sdprep.taggers._scored_tags import COLUMNS, StoreAbove, tagged
 from sdprep.taggers._wd_backends import ONNX_FILE, TIMM_FILES, Backend, OnnxBackend, TimmBackend
 from sdprep.taggers._white_square import white_square
 
@@ -81,12 +82,8 @@ class WdTagger:
 
     def annotate(self, batch: Sequence[Sample]) -> pa.RecordBatch:
         """Every tag at or above the storing threshold, the most probable first."""
-        images = [sample.image for sample in batch if sample.image is not None]
-        rows: list[dict[str, Any]] = [
-            {"tags": scored_tags(found, self.tags, self.store_above)}
-            for found in self._batches.run(self._probabilities, images)
-        ]
-        return pa.RecordBatch.from_pylist(rows, schema=COLUMNS)
+        run = functools.partial(self._batches.run, self._probabilities)
+        return tagged(batch, run, self.tags, self.store_above)
 
     def _probabilities(self, images: Sequence[Image.Image]) -> np.ndarray:
         if self._model is None:
