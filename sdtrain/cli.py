@@ -38,6 +38,7 @@ _add(
     "sdtrain validate recipe.toml --checkpoint runs/a/checkpoints/64",
 )
 _add("compare", measure.compare, "sdtrain compare runs/first runs/second")
+_add("sweep", train.sweep, "sdtrain sweep recipe.toml --over train.lr=1e-6,3e-6,1e-5")
 _add("loss-curve", measure.loss_curve, "sdtrain loss-curve recipe.toml --to curve.png")
 _add("lr-find", measure.lr_find, "sdtrain lr-find recipe.toml --from 1e-8 --upto 1e-4")
 _add("sample", draw.sample, "sdtrain sample runs/first --prompts prompts.txt --to pictures/")

@@ -24,6 +24,9 @@ def run(
         list[str] | None,
         typer.Option(metavar="KEY", help="Go on although this recipe key changed. Repeats."),
     ] = None,
+    no_model: Annotated[
+        bool, typer.Option("--no-model", help="Do not write the finished model beside the run.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train; run the same command again to resume."""
@@ -35,7 +38,7 @@ def run(
         return
     from sdtrain.trainer import train
 
-    outcome = train(loaded, resume=resume, accept=accept_change or ())
+    outcome = train(loaded, resume=resume, accept=accept_change or (), keeps_model=not no_model)
     if as_json:
         print_json(outcome.to_json())
     elif outcome.is_finished:
@@ -79,3 +82,35 @@ def inspect(
         print_json(found)
     else:
         out.print(found["path"], markup=False)
+
+
+def sweep(
+    recipe: Recipe,
+    over: Annotated[
+        list[str], typer.Option(metavar="KEY=A,B,…", help="Recipe key and its values. Repeats.")
+    ],
+    to: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; default: the output plus -sweep.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Runs at a time, one per GPU.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run a small grid of recipes and compare them; run it again to go on."""
+    from sdtrain import sweep as sweeping
+
+    cells = sweeping.plan_cells(recipe, settings or (), over, to)
+    if dry_run:
+        found: dict[str, Any] = {"runs": [{"name": c.name, "path": str(c.output)} for c in cells]}
+        words = "\n".join(f"{run['name']}  {run['path']}" for run in found["runs"])
+    else:
+        failed = sweeping.run_cells(recipe, cells, gpus)
+        found = sweeping.compare_cells(cells, failed)
+        words = sweeping.report(found)
+    if as_json:
+        print_json(found)
+    else:
+        out.print(words, markup=False)
+    if not dry_run and failed:
+        raise typer.Exit(2)

@@ -1,0 +1,282 @@
+"""A small grid of runs, one after another or one per GPU, compared on one probe at the end.
+
+Every cell is a run folder of its own with all that a run has, so a sweep that was stopped goes on
+where each of its runs stopped, and any cell can be looked at, resumed or exported by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sdprep.console import progress, say, warn
+from sdprep.errors import RecipeError, UserError
+from sdprep.seeding import digest
+from sdtrain.compare import Pair, compare_measured
+from sdtrain.matrices import Measured, find
+from sdtrain.recipe import TrainRecipe, load_train_recipe
+from sdtrain.wording import percent, span
+
+OUTCOME = "sweep-cell.json"
+LOG = "sweep-cell.log"
+POLL_SECONDS = 0.2
+JUDGES = ("validation", "train_probe")
+"""The sets that may decide; held-out images, if there are any."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Args:
+        name: its settings, as a folder name.
+        settings: `--set` texts, those of the whole sweep first.
+        recipe: what they make of the recipe.
+        key: digest of it, so that a changed cell is run again.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    recipe: TrainRecipe
+    key: str
+
+    @property
+    def output(self) -> Path:
+        """Its run folder."""
+        return self.recipe.output
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """What its finished run printed; None if it has not finished under this very recipe."""
+        try:
+            found = json.loads((self.output / OUTCOME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return dict(found["outcome"]) if found.get("key") == self.key else None
+
+
+def plan_cells(
+    path: Path, settings: Sequence[str], over: Sequence[str], to: Path | None
+) -> list[Cell]:
+    """Every combination of the values, checked as recipes before anything runs.
+
+    Args:
+        path: the recipe.
+        settings: `--set` texts for all cells.
+        over: `key=value,value,…` texts.
+        to: folder of the run folders; default: the recipe's output with `-sweep` behind it.
+
+    Raises:
+        RecipeError: no axis, an empty one, one twice, or a value that the recipe refuses.
+    """
+    axes = dict(_axis(text) for text in over)
+    if not axes or len(axes) < len(over):
+        raise RecipeError(
+            "--over: expected at least one key=value,value,… and every key once",
+            "Such as --over train.lr=1e-6,3e-6 --over data.batch_size=4,16.",
+        )
+    folder = to or _sweep_folder(path, settings)
+    cells = []
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        name = "_".join(f"{key.rpartition('.')[2]}={_word(value)}" for key, value in chosen.items())
+        own = [f"{key}={value}" for key, value in chosen.items()]
+        whole = (*settings, *own, f"output={json.dumps(str(folder / name))}")
+        recipe = load_train_recipe(path, whole)
+        resolved = json.dumps(recipe.resolved(), sort_keys=True, default=str)
+        cells.append(Cell(name, whole, recipe, digest("sweep cell", resolved)))
+    if len({cell.name for cell in cells}) < len(cells):
+        raise RecipeError(
+            f"--over: two combinations have one name among {', '.join(c.name for c in cells)}",
+            "Every value may be named once, and the last parts of the keys must differ.",
+        )
+    return cells
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """A key and its values, each as a `--set` text would write it."""
+    key, equals, listed = text.partition("=")
+    try:
+        values = [_toml(value) for value in tomllib.loads(f"v = [{listed}]")["v"]]
+    except tomllib.TOMLDecodeError:  # words such as lora,dora
+        values = [value.strip() for value in listed.split(",")]
+    if not equals or not key.strip() or not values or "" in values:
+        raise RecipeError(f"--over {text}: expected key=value,value,…")
+    return key.strip(), values
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, str | list | dict) else repr(value)
+
+
+def _word(value: str) -> str:
+    last = re.split(r"[/\\]", value.strip("\"'/"))[-1]  # of a path, its name
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", last).strip("-.") or "empty"
+
+
+def _sweep_folder(path: Path, settings: Sequence[str]) -> Path:
+    output = load_train_recipe(path, settings).output
+    return output.with_name(f"{output.name}-sweep")
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def run_cells(path: Path, cells: Sequence[Cell], gpus: int) -> dict[str, str]:
+    """Run what has not finished.
+
+    Args:
+        path: the recipe.
+        cells: all of them.
+        gpus: runs at a time, each with a GPU of its own; 1: one after another on what there is.
+
+    Returns:
+        why cells failed, by name.
+
+    Raises:
+        UserError: interrupted; the runs have saved and can go on.
+    """
+    waiting = [cell for cell in cells if cell.outcome is None]
+    say(f"{len(cells)} runs, {len(cells) - len(waiting)} of them done before")
+    running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}
+    failed: dict[str, str] = {}
+    with progress("runs", len(waiting), "runs") as bar:
+        try:
+            while waiting or running:
+                for slot in range(gpus):
+                    if slot not in running and waiting:
+                        cell = waiting.pop(0)
+                        running[slot] = (cell, _start(path, cell, slot if gpus > 1 else None))
+                for slot, (cell, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[slot]
+                        bar.advance(1)
+                        reason = _finish(cell, process.returncode)
+                        if reason is not None:
+                            failed[cell.name] = reason
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            for _, process in running.values():
+                process.wait()  # they got the same Ctrl-C, and save
+            raise UserError("the sweep was stopped", "Run the same command to go on.") from None
+    return failed
+
+
+def _start(path: Path, cell: Cell, gpu: int | None) -> subprocess.Popen[bytes]:
+    """One run in a process of its own: what it leaves in memory or breaks is no other's."""
+    say(f"run {cell.name}")
+    cell.output.mkdir(parents=True, exist_ok=True)
+    settings = [part for text in cell.settings for part in ("--set", text)]
+    command = [sys.executable, "-m", "sdtrain.cli", "run", str(path), "--json", "--no-model"]
+    environment = dict(os.environ)
+    if gpu is not None:
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible[0] else str(gpu)
+    with (cell.output / f".{LOG}").open("ab") as log, _result_file(cell).open("wb") as result:
+        return subprocess.Popen([*command, *settings], stdout=result, stderr=log, env=environment)
+
+
+def _result_file(cell: Cell) -> Path:
+    return cell.output / f".{OUTCOME}.new"
+
+
+def _finish(cell: Cell, status: int) -> str | None:
+    """Keep what a run printed; why it has not finished, or None."""
+    log = cell.output / f".{LOG}"
+    try:
+        outcome = json.loads(_result_file(cell).read_text(encoding="utf-8"))
+    except ValueError:
+        outcome = None
+    _result_file(cell).unlink(missing_ok=True)
+    if status or outcome is None:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = next((line for line in reversed(lines) if line.startswith("error")), None)
+        reason = said or (lines[-1] if lines else "it said nothing")
+        warn(f"{cell.name} failed with exit status {status}: {reason} (all of it: {log})")
+        return reason
+    if not outcome["is_finished"]:
+        warn(f"{cell.name} stopped at {outcome['samples_seen']:,} samples")
+        return f"stopped at {outcome['samples_seen']:,} samples"
+    kept = {"key": cell.key, "settings": list(cell.settings), "outcome": outcome}
+    temporary = cell.output / f".{OUTCOME}.tmp"
+    temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(cell.output / OUTCOME)
+    return None
+
+
+# --- comparing -----------------------------------------------------------------------------------
+
+
+def compare_cells(cells: Sequence[Cell], failed: dict[str, str]) -> dict[str, Any]:
+    """Rank the finished runs by the loss at their end, each compared with the lowest.
+
+    Returns:
+        what `--json` prints.
+    """
+    found = {cell.name: find(cell.output) for cell in cells if cell.outcome is not None}
+    judge = next((name for name in JUDGES if any(name in sets for sets in found.values())), None)
+    ends = {name: sets[judge] for name, sets in found.items() if judge and judge in sets}
+    means = {name: measured.load().mean for name, measured in ends.items()}
+    ranked = sorted(means, key=lambda name: (means[name], name))
+    pairs = dict(_against_the_lowest(ranked, ends))
+    outcomes = {cell.name: cell.outcome or {} for cell in cells}
+    runs = [
+        {
+            "name": cell.name,
+            "path": str(cell.output),
+            "mean": means.get(cell.name),
+            "verdict": outcomes[cell.name].get("verdict"),
+            "against_the_lowest": pairs[cell.name].to_json() if cell.name in pairs else None,
+            "failed": failed.get(cell.name),
+        }
+        for cell in sorted(
+            cells, key=lambda c: (c.name not in means, means.get(c.name, 0.0), c.name)
+        )
+    ]
+    return {"set": judge, "lowest": ranked[0] if ranked else None, "runs": runs}
+
+
+def _against_the_lowest(
+    ranked: Sequence[str], ends: dict[str, Measured]
+) -> Iterator[tuple[str, Pair]]:
+    """Comparisons that share the lowest one's probe; others are named and left out."""
+    if not ranked:
+        return
+    lowest = ends[ranked[0]]
+    same = [n for n in ranked[1:] if ends[n].probe.probe_id == lowest.probe.probe_id]
+    for name in ranked[1:]:
+        if name not in same:
+            warn(f"{name} was measured on another probe than {ranked[0]}: not compared")
+    yield from zip(same, compare_measured([(lowest, ends[name]) for name in same]), strict=True)
+
+
+def report(found: dict[str, Any]) -> str:
+    """What `sdtrain sweep` prints: the lowest first, the others against it."""
+    width = max(len(run["name"]) for run in found["runs"])
+    lines = [f"loss of {found['set'] or 'nothing'} at the end of each run, the lowest first"]
+    for run in found["runs"]:
+        head = f"  {run['name']:<{width}}"
+        if run["mean"] is None:
+            lines.append(f"{head}  {run['failed'] or 'was not evaluated'}")
+            continue
+        pair = run["against_the_lowest"]
+        tail = "the lowest" if run["name"] == found["lowest"] else "on another probe"
+        if pair is not None:
+            tail = (
+                f"{percent(pair['change_percent'])}  95 % {span(pair['ci95_percent'])}, "
+                f"new images {span(pair['ci95_new_images_percent'])}: {pair['verdict']}"
+            )
+        lines.append(f"{head}  {run['mean']:.6f}  {tail}")
+    return "\n".join([*lines, "intervals are against the lowest; verdicts allow for many looks"])

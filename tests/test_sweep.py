@@ -1,0 +1,92 @@
+"""Sweeps: the grid as recipes, runs in processes of their own, and the comparison."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdprep.errors import RecipeError
+from sdtrain.sweep import plan_cells
+
+RATE = "train.rules.0.lr"
+
+
+def test_every_combination_is_a_recipe_of_its_own(train_recipe: Callable[..., Path]) -> None:
+    path = train_recipe()
+    cells = plan_cells(path, ["seed=3"], [f"{RATE}=1e-4,1e-3", 'adapter.type=full,"lora"'], None)
+    assert [cell.name for cell in cells] == [
+        *("lr=0.0001_type=full", "lr=0.0001_type=lora"),
+        *("lr=0.001_type=full", "lr=0.001_type=lora"),
+    ]
+    assert {cell.recipe.seed for cell in cells} == {3}
+    assert [cell.recipe.train.rules[0].lr for cell in cells] == [1e-4, 1e-4, 1e-3, 1e-3]
+    assert [cell.recipe.adapter.type for cell in cells] == ["full", "lora"] * 2
+    assert [cell.output for cell in cells] == [path.parent / "run-sweep" / c.name for c in cells]
+    assert len({cell.key for cell in cells}) == 4
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ([], "at least one"),
+        ([f"{RATE}="], "expected key=value"),
+        (["=1,2"], "expected key=value"),
+        ([f"{RATE}=1e-4,1e-4"], "one name"),
+        ([f"{RATE}=1e-4", f"{RATE}=1e-3"], "every key once"),
+        ([f"{RATE}=1e-4,-1"], "must be >= 0"),
+        (["train.sampels=1,2"], "sampels"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_runs(
+    train_recipe: Callable[..., Path], over: list[str], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        plan_cells(train_recipe(), [], over, None)
+
+
+def sweep(path: Path, *more: str) -> tuple[int, Any, str]:
+    """Exit status, what `--json` printed, and the talk."""
+    settings = ("train.samples=8", "validation.images=3", "validation.timesteps_per_image=2")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sdtrain.cli", "sweep", str(path), "--json", *more),
+            *(part for text in settings for part in ("--set", text)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def test_runs_are_ranked_one_that_fails_is_named_and_only_it_runs_again(
+    train_recipe: Callable[..., Path], prepared_folder: Path, tmp_path: Path
+) -> None:
+    path, late = train_recipe(), tmp_path / "comes late"
+    over = ("--over", f"data.path={json.dumps(str(prepared_folder))},{json.dumps(str(late))}")
+    status, found, said = sweep(path, *over, "--to", str(tmp_path / "sweep"))
+    assert status == 2
+    good, bad = found["runs"]
+    assert good["mean"] > 0
+    assert found["lowest"] == good["name"]
+    assert found["set"] == "validation"
+    assert bad["mean"] is None
+    assert "comes late" in bad["failed"]
+    assert "failed with exit status 2" in said
+    assert not (Path(good["path"]) / "model").exists()
+    before = (Path(good["path"]) / "metrics.jsonl").stat().st_mtime_ns
+
+    late.symlink_to(prepared_folder, target_is_directory=True)
+    status, found, said = sweep(path, *over, "--to", str(tmp_path / "sweep"))
+    assert status == 0, said
+    assert "1 of them done before" in said
+    assert (Path(good["path"]) / "metrics.jsonl").stat().st_mtime_ns == before
+    first, second = found["runs"]
+    assert first["mean"] == second["mean"]  # the very same data
+    assert second["against_the_lowest"]["change_percent"] == 0
+    assert second["against_the_lowest"]["verdict"] == "cannot tell"
