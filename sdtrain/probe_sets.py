@@ -17,6 +17,7 @@ from sdprep.seeding import digest
 from sdtrain.buckets import Assignment
 from sdtrain.dataset import Rows
 from sdtrain.family import Family
+from sdtrain.forgetting import NAME, PromptOf, open_outside
 from sdtrain.freeze_plan import tensor_hash
 from sdtrain.labels import labels_of
 from sdtrain.lattice import FLAT, NUM_STRATA, PILOT_REPEATS, pilot_points, warp_from_pilot
@@ -48,7 +49,7 @@ def open_probes(
     """
     begun = {str(line["set"]): str(line["probe_id"]) for line in evaluations}
     sets = []
-    for rows, plain in _wanted(setup):
+    for rows, plain in _wanted(setup, folder, samples_seen, is_run=True):
         probe = _shared(setup, plain) or _begun(folder, plain, begun.get(plain.name), samples_seen)
         found = _set(setup, rows, probe or _piloted(setup, rows, plain))
         found.folder = found.probe.save(folder)
@@ -67,7 +68,7 @@ def find_probes(setup: Setup, folder: Path) -> list[ProbeSet]:
         folder: `validation/` of the run; a probe there that fits the recipe is taken.
     """
     sets = []
-    for rows, plain in _wanted(setup):
+    for rows, plain in _wanted(setup, folder, 0, is_run=False):
         there = [Probe.load(path) for path in sorted(folder.glob(f"*/{PROBE_FILE}"))]
         fitting = [probe for probe in there if replace(probe, warp=FLAT) == plain]
         probe = _shared(setup, plain) or (fitting[0] if fitting else _piloted(setup, rows, plain))
@@ -75,7 +76,9 @@ def find_probes(setup: Setup, folder: Path) -> list[ProbeSet]:
     return sets
 
 
-def _wanted(setup: Setup) -> Iterator[tuple[Rows, Probe]]:
+def _wanted(
+    setup: Setup, folder: Path, samples_seen: int, *, is_run: bool
+) -> Iterator[tuple[Rows, Probe]]:
     """Rows and unwarped probe of every set that the recipe asks for and the data set has."""
     wanted = setup.recipe.validation
     for name, rows, assignment, count in (
@@ -88,6 +91,10 @@ def _wanted(setup: Setup) -> Iterator[tuple[Rows, Probe]]:
             warn(f"the data set has no {name} images, so nothing is evaluated on that set")
             continue
         yield rows, _plain(name, setup, rows, assignment, count)
+    if wanted.forgetting is not None:
+        out = open_outside(setup, folder, samples_seen, is_run=is_run)
+        count = wanted.forgetting.images
+        yield out.rows, _plain(NAME, setup, out.rows, out.assignment, count, out.prompt_of)
 
 
 def _set(setup: Setup, rows: Rows, probe: Probe) -> ProbeSet:
@@ -99,7 +106,14 @@ def _piloted(setup: Setup, rows: Rows, plain: Probe) -> Probe:
     return with_pilot(ProbeSet(setup.family, rows, plain, 1, setup.device))
 
 
-def _plain(name: str, setup: Setup, rows: Rows, assignment: Assignment, count: int) -> Probe:
+def _plain(
+    name: str,
+    setup: Setup,
+    rows: Rows,
+    assignment: Assignment,
+    count: int,
+    prompt_of: PromptOf | None = None,
+) -> Probe:
     """What the recipe asks for, before the pilot."""
     wanted = setup.recipe.validation
     levels = wanted.timesteps_per_image
@@ -112,6 +126,7 @@ def _plain(name: str, setup: Setup, rows: Rows, assignment: Assignment, count: i
         seed=setup.recipe.seed if wanted.seed is None else wanted.seed,
         num_images=count,
         num_levels=None if levels == "auto" else int(levels),
+        prompt_of=prompt_of,
     )
 
 
@@ -172,6 +187,7 @@ def plain_probe(
     seed: int,
     num_images: int,
     num_levels: int | None,
+    prompt_of: PromptOf | None = None,
 ) -> Probe:
     """Choose images and render their prompts; the levels are not warped yet.
 
@@ -187,12 +203,17 @@ def plain_probe(
         seed: of the evaluation.
         num_images: at most; fewer if the split has fewer.
         num_levels: noise levels per image; None: 4, or 16 with fewer than 16 images.
+        prompt_of: how prompts are made instead of by the policy.
     """
     chosen = _choose(name, rows, assignment, seed, num_images)
     numbers = [row for row, _ in chosen]
     records = rows.records(numbers)
     images = tuple(
-        ProbeImage(rows.ids[row], validation_prompt(record, policy, seed), bucket.size_hw)
+        ProbeImage(
+            rows.ids[row],
+            prompt_of(record) if prompt_of else validation_prompt(record, policy, seed),
+            bucket.size_hw,
+        )
         for (row, bucket), record in zip(chosen, records, strict=True)
     )
     return Probe(

@@ -15,6 +15,7 @@ from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section, load_recipe
 from sdtrain.averages import EmaSection
 from sdtrain.course import StopSection
+from sdtrain.forgetting import ForgettingSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
 from sdtrain.noise_options import NoiseSection
 from sdtrain.phases import PhaseSection
@@ -167,6 +168,9 @@ class ValidationSection(Section):
     probe: str | None = Field(None, description="Probe file of another run, to compare with it.")
     seed: int | None = Field(None, description="Seed of the evaluation; default: the recipe's.")
     stop: StopSection | None = Field(None, description="Early stopping; default: none.")
+    forgetting: ForgettingSection | None = Field(
+        None, description="Images from outside the training set; default: none."
+    )
 
     @field_validator("timesteps_per_image", mode="before")
     @classmethod
