@@ -128,8 +128,7 @@ def open_path(setup: Setup, section: ForgettingSection) -> Outside:
             return validation_prompt(record, policy, seed)
 
     splits = [each for each in (setup.data.train, setup.data.validation) if each is not None]
-    used = {id_.split("#")[0] for split in splits for id_ in split.ids}
-    shared = [row for row, id_ in enumerate(rows.ids) if id_.split("#")[0] in used]
+    shared = sorted({row for split in splits for row in rows.ids.rows_in(split.ids)})
     for row in shared:
         rows.refused.setdefault(row, "in_data_set: it is trained on or validated with")
     if shared:

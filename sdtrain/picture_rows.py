@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from sdprep.console import warn
@@ -15,6 +16,8 @@ from sdprep.errors import DataError
 from sdprep.images import ImageRejected, open_image
 from sdprep.schema import MANIFEST
 from sdprep.seeding import digest
+from sdtrain.ids import Ids
+from sdtrain.text_columns import digest_sum, total
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
 TEXTS = (".caption", ".txt")
@@ -36,16 +39,26 @@ class PictureRows:
     def __init__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> None:
         self._pictures, self._prompts = list(pictures), list(prompts)
         found: dict[str, int] = {}
-        self.ids: list[str] = []
+        ids: list[str] = []
         for picture, prompt in zip(pictures, prompts, strict=True):
             id_ = digest("picture", picture.size, picture.tobytes().hex(), prompt)
             found[id_] = found.get(id_, 0) + 1
-            self.ids.append(id_ if found[id_] == 1 else f"{id_}#{found[id_]}")
+            ids.append(id_ if found[id_] == 1 else f"{id_}#{found[id_]}")
+        self.ids = Ids.of(ids)
         self.sizes_hw = np.array([(p.height, p.width) for p in pictures], np.int64).reshape(-1, 2)
         self.refused: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """Once each; such rows are not trained on."""
+        return np.ones(len(self), np.int64)
+
+    def digest_sum(self) -> np.ndarray:
+        """Of the ids and texts."""
+        return total([digest_sum(pa.Table.from_pylist(self.records(range(len(self)))))])
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The prompts as captions and tags."""
@@ -83,13 +96,14 @@ class FolderRows:
 
     def __init__(self, root: Path, files: Sequence[Path], texts: Sequence[str]) -> None:
         self._root, self._files, self._texts = root, list(files), list(texts)
-        self.ids: list[str] = []
         self.sizes_hw = np.zeros((len(files), 2), np.int64)
         self.refused: dict[int, str] = {}
+        ids: list[str] = []
         for row, file in enumerate(files):
-            self._look_at(row, file)
+            ids.append(self._look_at(row, file, ids))
+        self.ids = Ids.of(ids)
 
-    def _look_at(self, row: int, file: Path) -> None:
+    def _look_at(self, row: int, file: Path, before: Sequence[str]) -> str:
         data = b""
         try:
             data = file.read_bytes()
@@ -98,13 +112,22 @@ class FolderRows:
         except (ImageRejected, OSError) as error:
             self.refused[row] = f"{error} ({file.name})"
         id_ = blake2b(data or str(file).encode(), digest_size=16).hexdigest()
-        if id_ in self.ids:
+        if id_ in before:
             self.refused[row] = f"same_bytes: {file.name} is there under another name"
             id_ = f"{id_}#{row}"
-        self.ids.append(id_)
+        return id_
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """Once each; such rows are not trained on."""
+        return np.ones(len(self), np.int64)
+
+    def digest_sum(self) -> np.ndarray:
+        """Of the ids and texts."""
+        return total([digest_sum(pa.Table.from_pylist(self.records(range(len(self)))))])
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The texts as captions."""
