@@ -14,6 +14,7 @@ from sdprep import plugins
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section, load_recipe
 from sdtrain.averages import EmaSection
+from sdtrain.compiling import CompileSection
 from sdtrain.course import StopSection
 from sdtrain.forgetting import ForgettingSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
@@ -267,6 +268,7 @@ class TrainRecipe(Section):
     adapter: AdapterSection = _default("adapter", "full")
     ema: EmaSection | None = None
     precision: PrecisionSection = PrecisionSection()
+    compile: CompileSection = CompileSection()
     validation: ValidationSection = ValidationSection()
     sampling: SamplingSection = SamplingSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -17,6 +17,7 @@ from sdprep.console import talk, warn
 from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain.buckets import Assignment, GlobalOrder, assign, require_enough
+from sdtrain.compiling import compile_blocks, require_compiler
 from sdtrain.dataset import TrainingData, open_data, renderer
 from sdtrain.family import Family, Loss
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
@@ -191,6 +192,7 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     if require is not None:
         require()
     device = pick_device(recipe.precision.device)
+    require_compiler(recipe.compile, device)
     masks = recipe.mask.build()
     data = open_data(recipe.data, recipe.prompt, with_boxes=masks is not None)
     for note in data.notes:
@@ -235,6 +237,7 @@ def open_model(
         lr_factor=recipe.lr_factor,
     )
     plan.check_expected(train.expect_percent)
+    compile_blocks(family, recipe.compile)
     return family, adapter, hashes, split_by_part(plan) if train.phases else plan
 
 

@@ -45,7 +45,7 @@ class TextOptions(Section):
         "n77", description="Length of n chunks in tokens: n times 77, or n times 75 plus 2."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Compute the UNet's activations twice: far less memory, a third slower."
+        False, description="Compute activations twice: far less memory, a third slower."
     )
 
 
@@ -78,6 +78,10 @@ class StableDiffusion:
         if options.gradient_checkpointing:
             unet: Any = self.parts["unet"]
             unet.enable_gradient_checkpointing()
+            for name in self.encoders:
+                encoder: Any = self.parts[name]
+                new = getattr(encoder, "activation_checkpointing_enable", None)  # transformers 5.2x
+                (new or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
         self.vae_scale_factor = 2 ** (len(vae_config.block_out_channels) - 1)
         self.latent_channels = unet_config.in_channels
         self.default_resolution_px = unet_config.sample_size * self.vae_scale_factor
