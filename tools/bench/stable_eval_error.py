@@ -76,14 +76,16 @@ def measured(options: Any) -> tuple[dict[str, Pair], dict[str, Pair], dict[str, 
         write_tiny("sd15", scratch / "tiny", 3)
     many = models.write_data(scratch / "many", others)
     few = models.write_data(scratch / "few", others[:10])
-    base_path = models.trained(scratch / "base", scratch / "tiny", many, 4000, 2e-3, options.device)
-    paths = {
-        "base": base_path,
-        "tuned": models.trained(scratch / "tuned", base_path, many, 800, 5e-4, options.device),
-        "overfitted": models.trained(
-            scratch / "overfitted", base_path, few, 1600, 1e-3, options.device
-        ),
-        "ten steps": models.trained(scratch / "ten", base_path, many, 80, 5e-4, options.device),
+    base_path = models.trained(scratch / "base", scratch / "tiny", many, 2400, 2e-3, options.device)
+    jobs = {
+        "tuned": (many, 2400, 1e-3),
+        "overfitted": (few, 800, 5e-4),
+        "spoilt": (few, 1600, 1e-3),
+        "ten steps": (many, 80, 1e-3),
+    }
+    paths = {"base": base_path} | {
+        name: models.trained(scratch / name.replace(" ", "_"), base_path, *job, options.device)
+        for name, job in jobs.items()
     }
     families = {name: models.load(path, options.device) for name, path in paths.items()}
     cache = scratch / "matrices"
@@ -92,49 +94,48 @@ def measured(options: Any) -> tuple[dict[str, Pair], dict[str, Pair], dict[str, 
         return models.matrix(families[name], shown, options.draws, cache, LEVELS)
 
     start = losses("base")
-    pairs = {f"base → {name}": (start, losses(name)) for name in ("tuned", "overfitted")}
+    pairs = {f"base → {name}": (start, losses(name)) for name in ("tuned", "overfitted", "spoilt")}
     planted = {}
     nudge = models.ten_steps_nudge(families["base"], families["ten steps"])
-    for kind in ("resolves_percent", "resolves_new_images_percent"):
-        share = find_share(families, shown, nudge, cache, kind)
-        before = models.mixed(families["base"], families["tuned"], share, nudge)
-        planted[f"{kind}, share {share:.4f}"] = (
-            start[:, :, :1],
-            models.matrix(families["base"], shown, 1, cache, LEVELS),
-        )
-        models.put_back(families["base"], before)
+    for kind in ("announced_percent", "announced_new_images_percent"):
+        share, pair = planted_pair(families, shown, nudge, cache, start, kind)
+        planted[f"{kind}, share {share:.4f}"] = pair
     facts = {
         "photos": f"{len(pictures)} photos, {len(shown)} held out, 64 px, 16x16 latents",
         "matrix": list(start.shape),
         "device": options.device,
-        "trained": "base 4,000 samples; tuned 800 more on the same photos; overfitted 1,600 on 10",
+        "trained": "base 2,400 samples; tuned 2,400 more; on 10 photos overfitted 800 and "
+        "spoilt 1,600 more",
     }
     return pairs, planted, facts
 
 
-def find_share(families: dict[str, Any], shown: Any, nudge: Any, cache: Path, kind: str) -> float:
-    """The share of base → tuned whose change is three times what `ASKED` would announce."""
-    coarse = (np.arange(32) + 0.5) / 32
-    start = models.matrix(families["base"], shown, 1, cache, coarse)[:, :, 0].astype(float)
-    share, last = 0.5, (0.0, -3.0)
-    for _ in range(6):
+def planted_pair(
+    families: dict[str, Any], shown: Any, nudge: Any, cache: Path, start: np.ndarray, kind: str
+) -> tuple[float, Pair]:
+    """The smallest share of base → tuned whose change is three times what is announced for it."""
+
+    def planted(share: float) -> tuple[float, Pair]:
         before = models.mixed(families["base"], families["tuned"], share, nudge)
-        now = models.matrix(families["base"], shown, 1, cache, coarse)[:, :, 0].astype(float)
+        pair = start[:, :, :1], models.matrix(families["base"], shown, 1, cache, LEVELS)
         models.put_back(families["base"], before)
-        found = compare(start, now)
-        images, levels = ASKED
-        wider = np.sqrt(start.size / (images * levels))
-        if kind == "resolves_new_images_percent":
-            wider = np.sqrt(len(start) / images)
-        miss = -found.change_percent / (float(getattr(found, kind)) * wider) - 3
-        print(
-            f"{kind}: share {share:.4f} moves {found.change_percent:+.4f} %, misses by {miss:+.3f}"
-        )
-        if abs(miss) < 0.05:
-            break
-        slope = (miss - last[1]) / (share - last[0])
-        last, share = (share, miss), float(np.clip(share - miss / slope, share / 4, share * 4))
-    return share
+        found = power(pair, trials=200)
+        ratio = -found["change_percent"] / found[kind]
+        moved = f"moves {found['change_percent']:+.4f} %, {ratio:.3f} times"
+        print(f"{kind}: share {share:.4f} {moved}", flush=True)
+        return ratio, pair
+
+    low, high = 0.0, 0.02
+    ratio, pair = planted(high)
+    while ratio < 3 and high < 1:
+        low, high = high, min(1.0, 2 * high)
+        ratio, pair = planted(high)
+    share = high
+    while abs(ratio - 3) > 0.03 and high - low > 1e-3:
+        share = (low + high) / 2
+        ratio, pair = planted(share)
+        low, high = (low, share) if ratio > 3 else (share, high)
+    return share, pair
 
 
 # --- estimates -----------------------------------------------------------------------------------
@@ -239,9 +240,9 @@ def truth_terms(pair: Pair) -> np.ndarray:
 # --- power and honesty ---------------------------------------------------------------------------
 
 
-def power(pair: Pair) -> dict[str, Any]:
+def power(pair: Pair, trials: int = POWER_TRIALS) -> dict[str, Any]:
     """How often a planted change is found, on these images and for new ones."""
-    results = [planted_trial(pair, trial) for trial in range(POWER_TRIALS)]
+    results = [planted_trial(pair, trial) for trial in range(trials)]
     changes, here, new, found_here, found_new = (np.array(of) for of in zip(*results, strict=True))
     return {
         "change_percent": truth(pair),

@@ -50,7 +50,7 @@ samples = {samples}
 rules = [{{ match = "unet.**", lr = {lr} }}]
 [schedule]
 type = "cosine"
-warmup_samples = 64
+warmup_samples = {warmup}
 [precision]
 mixed = "no"
 device = {device}
@@ -109,7 +109,8 @@ def trained(folder: Path, model: Path, data: Path, samples: int, lr: float, devi
     names = {"output": str(folder), "model": str(model), "data": str(data), "device": device}
     quoted = {key: json.dumps(value) for key, value in names.items()}
     recipe.write_text(
-        RECIPE.format(side=SIDE_PX, samples=samples, lr=lr, **quoted), encoding="utf-8"
+        RECIPE.format(side=SIDE_PX, samples=samples, warmup=samples // 40 + 8, lr=lr, **quoted),
+        encoding="utf-8",
     )
     if not (folder / "model").is_dir():
         train(load_train_recipe(recipe))
