@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy, deepcopy
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from sdtrain.adapters._layers import run
 from sdtrain.freezing import Rule, build_plan
 from sdtrain.noise import noise_for
 from tests.adapter_reader import merge_kohya
-from tests.test_adapters import predict
 from tests.test_families import load_pipeline
 from tests.tiny import load_tiny, tiny_batch
 
@@ -51,8 +52,25 @@ RULES = [
 HALF = {torch.float16: 5e-5, torch.bfloat16: 5e-4}
 
 
+loaded = lru_cache(load_tiny)
+
+
+def model(folder: Path) -> Any:
+    """The networks are the test's own; reading the files takes longer than copying them."""
+    family = copy(loaded(folder))
+    family.parts = {part: deepcopy(network) for part, network in family.parts.items()}
+    return family
+
+
+def predict(family: Any) -> torch.Tensor:
+    """What the model makes of one sample, with gradients."""
+    batch = tiny_batch(family, 1)
+    conditioning = family.encode_prompts(["a photo of a red car"])
+    return family.predict(batch.noise, batch.u, conditioning, batch.micro)
+
+
 def attached(folder: Path, name: str, options: dict[str, Any]) -> tuple[Any, Any, Any]:
-    family = load_tiny(folder)
+    family = model(folder)
     adapter = config_for("adapter", name)(**options).build()
     return family, adapter, build_plan(family, RULES, adapter)
 
@@ -72,15 +90,15 @@ def test_start_gradients_merge_and_file(
     options: dict[str, Any],
     base: str,
 ) -> None:
-    reloaded = load_tiny(tiny_model(base))
-    start = predict(reloaded)
+    reloaded = model(tiny_model(base))
+    start = predict(reloaded).detach()
     family, adapter, plan = attached(tiny_model(base), name, options)
     assert torch.equal(predict(family), start)
 
     shake(plan)
     expected = predict(family)
     assert (expected - start).abs().max() > 1e-3
-    only_these_train(family, plan)
+    only_these_train(family, plan, expected)
     half_precision(adapter)
     file = adapter.save(family, tmp_path)[-1]
     assert file.name == "lora-kohya.safetensors"
@@ -95,10 +113,8 @@ def test_start_gradients_merge_and_file(
         torch.testing.assert_close(parameter.data, read[path].data, rtol=0, atol=2e-6)
 
 
-def only_these_train(family: Any, plan: Any) -> None:
+def only_these_train(family: Any, plan: Any, out: torch.Tensor) -> None:
     """Every tensor of the adapter gets a gradient, no tensor of the base does."""
-    batch = tiny_batch(family, 1)
-    out = family.predict(batch.noise, batch.u, family.encode_prompts(["a red car"]), batch.micro)
     out.square().mean().backward()
     for path, parameter in plan.trained().items():
         assert parameter.grad is not None, path
@@ -136,12 +152,12 @@ def test_what_diffusers_reads_it_reads_rightly(
     folder = tiny_model("sdxl")
     family, adapter, plan = attached(folder, name, {"rank": 4, **options})
     shake(plan, 0.05)
-    expected = predict(family)
+    expected = predict(family).detach()
     adapter.save(family, tmp_path)
     pipeline = load_pipeline(folder)
     pipeline.load_lora_weights(str(tmp_path), weight_name=file)
     assert not [record for record in caplog.records if "not" in record.message.lower()]
-    reloaded = load_tiny(folder)
+    reloaded = model(folder)
     for part in family.trainable_parts:
         reloaded.parts[part] = getattr(pipeline, part)
     torch.testing.assert_close(predict(reloaded), expected, rtol=1e-5, atol=1e-5)
@@ -157,11 +173,11 @@ def test_a_module_that_does_not_fit_is_refused_with_rule_and_reason(
     ):
         adapter = config_for("adapter", name)(**options).build()
         with pytest.raises(UserError, match=rf"'unet\.\*\*' chooses unet\..*{reason}"):
-            build_plan(load_tiny(tiny_model("sd15")), rules, adapter)
+            build_plan(model(tiny_model("sd15")), rules, adapter)
     adapter = config_for("adapter", "ia3")().build()
     rules.append(Rule("unet.conv_in", lr=1e-4))
     with pytest.raises(UserError, match="ia3 can train, only such as unet.conv_in.weight") as error:
-        build_plan(load_tiny(tiny_model("sd15")), rules, adapter)
+        build_plan(model(tiny_model("sd15")), rules, adapter)
     assert "key, value and last feed-forward layers" in str(error.value.hint)
 
 
@@ -171,7 +187,7 @@ def test_what_diffusers_cannot_read_is_refused(
 ) -> None:
     first = {case[0]: case for case in reversed(CASES)}
     options = {"tucker": True, "rank": 2} if name == "locon" else first[name][1]
-    family = load_tiny(tiny_model("sd15"))
+    family = model(tiny_model("sd15"))
     adapter = config_for("adapter", name)(**options).build()
     build_plan(family, [Rule("unet.mid_block.**", lr=1e-4)], adapter)
     with pytest.raises(UserError, match=f"no spelling for what adapter {name}"):
@@ -200,11 +216,11 @@ def test_options_that_cannot_be_meant_are_refused(
 def test_dora_starts_as_the_base_under_bfloat16_and_with_dead_rows(
     tiny_model: Callable[[str], Path],
 ) -> None:
-    family = load_tiny(tiny_model("sd15"))
+    family = model(tiny_model("sd15"))
     with torch.no_grad():
         family.parts["unet"].mid_block.attentions[0].proj_in.weight[3] = 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        start = predict(family)
+        start = predict(family).detach()
         adapter = config_for("adapter", "dora")(rank=2, targets="all").build()
         plan = build_plan(family, RULES, adapter)
         assert torch.equal(predict(family), start)

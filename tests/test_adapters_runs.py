@@ -26,7 +26,14 @@ from tests.tiny import load_tiny
 
 Recipe = Callable[..., Path]
 FEW = 'train.rules=[{ match = "unet.mid_block.**", lr = 1e-2 }]'
-DYLORA = (FEW, "adapter.type=dylora", "adapter.rank=6", "adapter.unit=2", "adapter.alpha=6")
+DYLORA = (
+    FEW,
+    "adapter.type=dylora",
+    "adapter.rank=6",
+    "adapter.unit=2",
+    "adapter.alpha=6",
+    "train.samples=12",
+)
 
 
 def test_dylora_goes_on_in_the_same_bytes_and_ignores_micro_batches(
@@ -40,7 +47,7 @@ def test_dylora_goes_on_in_the_same_bytes_and_ignores_micro_batches(
     assert run(parts, *DYLORA, "data.micro_batch_size=2").is_finished
     assert_same_end(whole.parent / "whole", parts.parent / "parts")
     single = trained(train_recipe(output="single"), *DYLORA, "data.micro_batch_size=1")
-    ends = load_file(next((whole.parent / "whole").glob("checkpoints/22/trained.safetensors")))
+    ends = load_file(next((whole.parent / "whole").glob("checkpoints/12/trained.safetensors")))
     assert 0 < distance(ends, single) < 1e-5
 
 
@@ -60,21 +67,21 @@ def test_only_the_block_of_the_step_moves(train_recipe: Recipe) -> None:
     assert len(set(moved)) > 1
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("oft", ("adapter.block_size=4",)), ("lokr", ("adapter.rank=2", "adapter.factor=4"))],
-)
 def test_a_run_is_evaluated_drawn_validated_and_exported(
     train_recipe: Recipe,
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
-    name: str,
-    options: tuple[str, ...],
 ) -> None:
     recipe = load_train_recipe(
         train_recipe(),
         [
-            *(FEW, f"adapter.type={name}", *options, "train.samples=8", "weighting.type=none"),
+            *(
+                FEW,
+                "adapter.type=oft",
+                "adapter.block_size=4",
+                "train.samples=8",
+                "weighting.type=none",
+            ),
             *("validation.images=2", "validation.train_probe_images=0"),
             *("validation.timesteps_per_image=2", "validation.every_samples=100"),
             *('sampling.prompts=["a cat"]', "sampling.num_inference_steps=2"),
@@ -93,7 +100,7 @@ def test_a_run_is_evaluated_drawn_validated_and_exported(
 
     export(folder, "single-file", tmp_path / "merged.safetensors")
     export(folder, "lora-kohya", tmp_path / "alone.safetensors")
-    with pytest.raises(UserError, match=f"no spelling for what adapter {name}"):
+    with pytest.raises(UserError, match="no spelling for what adapter oft"):
         export(folder, "lora-diffusers", tmp_path / "alone")
     model = tiny_model("sd15")
     merged = config_for("family", "sd15")(config=str(model)).build(
