@@ -7,14 +7,14 @@ takes the next `batch_size` of it, for any number of GPUs and any micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sdprep.buckets import Bucket, nearest_indices
 from sdprep.errors import DataError
-from sdprep.seeding import rng_for
+from sdprep.seeding import integer, rng_for
 from sdtrain.ids import Ids
 from sdtrain.refusals import Refusals
 
@@ -104,6 +104,19 @@ def assign(rows: Rows, buckets: Sequence[Bucket], max_upscale: float) -> Assignm
 
     refused = Refusals(rows.refused, "upscale", usable[grown], particulars)
     return Assignment(tuple(buckets), usable[is_kept], chosen[is_kept], refused)
+
+
+def limited(assignment: Assignment, ids: Ids, limit: int | None, seed: int) -> Assignment:
+    """At most `limit` of the kept rows, those of the lowest keyed rank.
+
+    A smaller limit takes some of a larger one's rows, so that sizes of a set can be compared.
+    """
+    if limit is None or limit >= len(assignment.kept):
+        return assignment
+    ranks = [integer(seed, "limit", id_) for id_ in ids.at(assignment.kept)]
+    lowest = sorted(range(len(ranks)), key=ranks.__getitem__)[:limit]
+    chosen = np.array(sorted(lowest), np.int64)
+    return replace(assignment, kept=assignment.kept[chosen], bucket_of=assignment.bucket_of[chosen])
 
 
 def require_enough(assignment: Assignment, what: str, total: int) -> None:

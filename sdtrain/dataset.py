@@ -7,7 +7,7 @@ fingerprint.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +21,7 @@ from sdprep.schema import MANIFEST
 from sdprep.seeding import digest
 from sdtrain.buckets import Text
 from sdtrain.ids import Ids
+from sdtrain.joined_rows import JoinedRows
 from sdtrain.recipe import DataSection
 
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ def open_data(
         origin = f"{'prepared' if manifest else 'Hugging Face'} data set {section.path}"
     if splits.validation is not None:
         _keep_apart(splits, is_published=bool(manifest))
+    together = fingerprint(splits.train, splits.validation)
+    if section.splits == "all" and splits.validation is not None:
+        splits.notes.append("the held-out images are trained on as well")
+        splits = replace(splits, train=JoinedRows(splits.train, splits.validation), validation=None)
     repeats = splits.train.repeats
     if (repeats > 1).any():
         splits.notes.append(
@@ -145,7 +150,7 @@ def open_data(
         train=splits.train,
         validation=splits.validation,
         policy=policy.overridden(prompt),
-        fingerprint=fingerprint(splits.train, splits.validation),
+        fingerprint=together,
         provenance=provenance,
         notes=splits.notes,
     )

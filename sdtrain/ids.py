@@ -31,6 +31,11 @@ class Ids(Sequence[str]):
         """The same, of plain strings."""
         return ids if isinstance(ids, Ids) else cls([pa.array(list(ids), pa.large_string())])
 
+    @classmethod
+    def joined(cls, *parts: Ids) -> Ids:
+        """Several, one after the other."""
+        return cls([chunk for part in parts for chunk in part._chunks])
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

@@ -40,6 +40,14 @@ class DataSection(Section):
     caption_column: str | None = Field(
         None, description="Column with the text, when it is not to be guessed."
     )
+    splits: Literal["train", "all"] = Field(
+        "train", description="What is trained on; all: the held-out images too, as --final does."
+    )
+    limit: int | None = Field(
+        None,
+        gt=0,
+        description="Most training images used; a smaller limit takes a part of them.",
+    )
     resolution_px: int | None = Field(
         None, gt=0, description="Side of the square with a bucket's area; default: the model's own."
     )
@@ -120,6 +128,9 @@ class TrainSection(Section):
     epochs: float | None = Field(
         None, gt=0.0, allow_inf_nan=False, description="The same in passes over the data."
     )
+    schedule_samples: int | None = Field(
+        None, gt=0, description="Length that the schedule is made for; default: the run's own."
+    )
     lr: float | None = Field(
         None,
         ge=0.0,
@@ -148,6 +159,11 @@ class TrainSection(Section):
             raise ValueError("needs either samples or epochs, and not both")
         if self.lr is None and not self.rules:
             raise ValueError("nothing would train; give lr, or rules with a rate")
+        if self.schedule_samples is not None and self.schedule_samples < (self.samples or 0):
+            raise ValueError(
+                f"schedule_samples {self.schedule_samples:,} must not be below "
+                f"samples {self.samples:,}"
+            )
         if self.repeat_phases and not self.phases:
             raise ValueError("repeat_phases needs [[train.phases]]")
         return self

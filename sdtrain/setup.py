@@ -16,7 +16,7 @@ from sdprep.buckets import Bucket, bucket_list
 from sdprep.console import talk, warn
 from sdprep.errors import UserError
 from sdprep.seeding import digest
-from sdtrain.buckets import Assignment, GlobalOrder, assign, require_enough
+from sdtrain.buckets import Assignment, GlobalOrder, assign, limited, require_enough
 from sdtrain.compiling import compile_blocks, require_compiler
 from sdtrain.dataset import TrainingData, open_data, renderer
 from sdtrain.family import Family, Loss
@@ -85,6 +85,11 @@ class Setup:
         return max(1, round(train.epochs * epoch))
 
     @property
+    def schedule_samples(self) -> int:
+        """Length that the schedule is made for."""
+        return max(self.recipe.train.schedule_samples or 0, self.total_samples)
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.total_samples // self.recipe.data.batch_size)
@@ -137,14 +142,14 @@ class Setup:
     @cached_property
     def _schedule(self) -> Schedule:
         """Built once: some simulate the whole run before they agree to it."""
-        return self.recipe.schedule.build(self.total_samples, self.recipe.data.batch_size)
+        return self.recipe.schedule.build(self.schedule_samples, self.recipe.data.batch_size)
 
     @cached_property
     def worst_step_ratio(self) -> tuple[float, int]:
         """Largest change of the rate between two steps after the warm-up, and its clock."""
         warmup = getattr(self.recipe.schedule, "warmup_samples", 0)
         batch = self.recipe.data.batch_size
-        return worst_step_ratio(self.schedule(), warmup, self.total_samples, batch)
+        return worst_step_ratio(self.schedule(), warmup, self.schedule_samples, batch)
 
     @cached_property
     def phases(self) -> PhasePlan | None:
@@ -201,6 +206,7 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     buckets = bucket_sizes(recipe, family)
     train = assign(data.train, buckets, recipe.data.max_upscale)
     require_enough(train, "train", len(data.train))
+    train = limited(train, data.train.ids, recipe.data.limit, recipe.seed)
     validation = None
     if data.validation is not None:
         validation = assign(data.validation, buckets, recipe.data.max_upscale)

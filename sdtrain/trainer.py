@@ -118,6 +118,7 @@ def facts(setup: Setup) -> dict[str, Any]:
         "freeze_table": setup.plan.table().splitlines(),
         "freeze_rows": [dict(row.__dict__) for row in setup.plan.rows],
         "total_samples": setup.total_samples,
+        "schedule_samples": setup.schedule_samples,
         "model": f"{setup.family.name} from {setup.recipe.model.path}",
         "adapter": setup.recipe.adapter.type,
         "origin": setup.data.origin,

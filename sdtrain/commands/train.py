@@ -24,6 +24,13 @@ def run(
         list[str] | None,
         typer.Option(metavar="KEY", help="Go on although this recipe key changed. Repeats."),
     ] = None,
+    final: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Train on the held-out images too, for the length that this run was best at.",
+        ),
+    ] = None,
     no_model: Annotated[
         bool, typer.Option("--no-model", help="Do not write the finished model beside the run.")
     ] = False,
@@ -33,6 +40,10 @@ def run(
     from sdtrain.recipe import load_train_recipe
 
     loaded = load_train_recipe(recipe, settings or ())
+    if final is not None:
+        from sdtrain.final import final_recipe
+
+        loaded = final_recipe(loaded, final)
     if dry_run:
         _check(loaded, as_json)
         return
