@@ -47,6 +47,8 @@ class Batch:
         mask: (B, 1, h, w) float32 in 0..1, what each latent counts in the loss; None: all alike.
         input_noise: (B, C, h, w) float32, what the input gets on top of the noise that the target
             is made of; None: nothing.
+        text_draws: (B,) float64 in [0, 1), a keyed number that a family may decide by what an
+            empty prompt means; on the CPU. None in evaluation.
     """
 
     ids: list[str]
@@ -58,6 +60,7 @@ class Batch:
     u: Tensor
     mask: Tensor | None = None
     input_noise: Tensor | None = None
+    text_draws: Tensor | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -72,8 +75,8 @@ class Batch:
         if self.mask is not None:
             counts["mask"] = len(self.mask)
             assert self.mask.dtype == torch.float32, f"mask must be float32, not {self.mask.dtype}"
-        if self.input_noise is not None:
-            counts["input_noise"] = len(self.input_noise)
+        more = {"input_noise": self.input_noise, "text_draws": self.text_draws}
+        counts |= {name: len(part) for name, part in more.items() if part is not None}
         assert len(set(counts.values())) == 1, f"parts of a batch differ in length: {counts}"
         assert self.u.dtype == torch.float64, f"u must be float64, not {self.u.dtype}"
         assert self.noise.dtype == torch.float32, f"noise must be float32, not {self.noise.dtype}"

@@ -46,6 +46,7 @@ class Slot:
     visit: int  # how often the sample was drawn before, its repeats in one epoch counted
     bucket: Bucket
     text: Text
+    weight: float = 1.0  # what the sample counts in the loss, beside its noise level
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def _data(setup: Setup) -> dict[str, Any]:
         "notes": data.notes,
         "policy": data.policy.model_dump(mode="json", by_alias=True),
         "masks": _masks(setup),
+        "prior": None if setup.prior is None else setup.prior.describe(),
     }
 
 

@@ -56,7 +56,16 @@ def _data(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"images in both splits: {data['in_both_splits']}")
     else:
         lines.append("WARNING: no validation split; only the training images can be evaluated")
-    return [*lines, *_masks(data["masks"]), *data["notes"]]
+    return [*lines, *_masks(data["masks"]), *_prior(data["prior"]), *data["notes"]]
+
+
+def _prior(prior: Mapping[str, Any] | None) -> list[str]:
+    if prior is None:
+        return []
+    return [
+        f"prior: {prior['fraction']:.4g} of all samples are of {prior['origin']}, "
+        f"{prior['kept']:,} of {prior['rows']:,} rows kept, weight {prior['weight']:g}"
+    ]
 
 
 def _masks(masks: Mapping[str, Any] | None) -> list[str]:

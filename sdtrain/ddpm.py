@@ -40,11 +40,12 @@ class DdpmObjective:
         if prediction_type == "epsilon" and float(alphas_cumprod[-1]) <= 0:
             raise UserError(
                 "zero-terminal SNR with epsilon prediction cannot be trained",
-                "Use prediction_type v_prediction, or a schedule that keeps some signal.",
+                'Set model.prediction_type = "v_prediction", or model.zero_terminal_snr = false.',
             )
         self.prediction_type = prediction_type
         self.alphas_cumprod = alphas_cumprod
         self.num_timesteps = len(alphas_cumprod)
+        self.is_zero_snr = float(alphas_cumprod[-1]) <= 0
         self._alpha = alphas_cumprod.sqrt()
         self._sigma = (1 - alphas_cumprod).sqrt()
         self._logsnr = alphas_cumprod.log() - (1 - alphas_cumprod).log()
@@ -78,23 +79,30 @@ class DdpmObjective:
         """The network receives t itself."""
         return self.timesteps(u)
 
-    def density(self, v: Tensor) -> Tensor:
-        """Uniform in t."""
+    def density(self, v: Tensor, area_px: Tensor) -> Tensor:
+        """Uniform in t, whatever the size of the picture."""
         return v
 
 
 def objective_from_scheduler(
-    config: Mapping[str, Any], prediction_type: str | None = None
+    config: Mapping[str, Any],
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
 ) -> DdpmObjective:
     """Build the objective from a checkpoint's `scheduler_config.json`.
 
     Args:
         config: the scheduler's configuration.
         prediction_type: overrides the checkpoint's own.
+        zero_terminal_snr: overrides whether the last level is to hold no signal.
 
     Raises:
-        UserError: the checkpoint names a noise schedule that is not known here.
+        UserError: the checkpoint names a noise schedule that is not known here, or epsilon is to
+            be predicted where there is no signal.
     """
+    if zero_terminal_snr is not None:
+        config = {**config, "rescale_betas_zero_snr": zero_terminal_snr}
+    # The tables of weights are read from the objective, so they are those of the rescaled levels.
     return DdpmObjective(
         alphas_cumprod_of(config), prediction_type or config.get("prediction_type", "epsilon")
     )

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 
 from sdprep.errors import DataError, UserError
-from sdprep.plugins import config_for, configs
+from sdprep.plugins import configs
 from sdtrain import checkpoint
 from sdtrain.formats.diffusers import read_class
 from sdtrain.formats.lora_keys import write_diffusers, write_kohya
 from sdtrain.formats.modelspec import modelspec, training_record, write_hash
+from sdtrain.formats.schedulers import flow_notes, is_flow_folder
 from sdtrain.formats.single_file import DTYPES, cast, single_file_tensors, write_single_file
 
 Format = Literal["single-file", "diffusers", "lora-kohya", "lora-diffusers"]
@@ -133,14 +134,13 @@ def _open(path: Path) -> Opened:
 def _family_of(path: Path) -> Any:
     """The family whose pipeline a diffusers folder names."""
     wanted = read_class(path)
-    known = {config.pipeline: name for name, config in _families().items()}
-    if wanted not in known:
-        raise UserError(f"{path} holds a {wanted}", f"Known here: {', '.join(known)}.")
-    return config_for("family", known[wanted])().build(str(path))  # type: ignore[attr-defined]
-
-
-def _families() -> dict[str, Any]:
-    return dict(configs("family"))
+    is_flow = is_flow_folder(path)
+    for config in configs("family").values():
+        known: Any = config
+        if known.pipeline == wanted and getattr(known, "is_flow", False) == is_flow:
+            return known().build(str(path))
+    what = f"{wanted} of flow matching" if is_flow else wanted
+    raise UserError(f"{path} holds a {what}", f"Known here: {', '.join(configs('family'))}.")
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -157,7 +157,8 @@ def _spec(opened: Opened, title: str, about: Any, *, is_adapter: bool) -> dict[s
         about=about,
         is_adapter=is_adapter,
     )
-    return {**spec, **training_record(opened.state)}
+    notes = flow_notes(family.folder.scheduler)
+    return {**spec, **notes, **training_record(opened.state)}
 
 
 def _write_single(opened: Opened, target: Path, dtype: str, title: str, about: Any) -> None:

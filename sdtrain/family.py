@@ -63,8 +63,13 @@ class Family(Protocol):
     def model_time(self, u: Tensor) -> Tensor:
         """The time that the network receives at `u`: (B,)."""
 
-    def density(self, v: Tensor) -> Tensor:
-        """Quantile function of the training noise levels: v in [0, 1) to u in [0, 1), float64."""
+    def density(self, v: Tensor, area_px: Tensor) -> Tensor:
+        """Quantile function of the training noise levels: v in [0, 1) to u in [0, 1), float64.
+
+        Args:
+            v: (B,) float64.
+            area_px: (B,) pixels of each picture; some densities go by them.
+        """
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w) float32; the VAE's mode."""
@@ -97,11 +102,34 @@ class Family(Protocol):
     def never_trained(self) -> Mapping[str, Sequence[str]]:
         """Globs of parameters that no gradient can reach, by the reason."""
 
+    def as_dropped(
+        self,
+        conditioning: Conditioning,
+        micro: Sequence[MicroConditioning],
+        prompts: Sequence[str],
+        draws: Tensor | None,
+    ) -> tuple[Conditioning, Sequence[MicroConditioning]]:
+        """What an empty prompt takes away besides its text.
+
+        Args:
+            conditioning: of the prompts, from `encode_prompts` or a cache.
+            micro: (B) sizes.
+            prompts: (B) rendered text.
+            draws: (B,) float64 in [0, 1), one keyed draw per sample that covers all of its text;
+                None in evaluation and for pictures, where nothing is drawn.
+
+        Returns:
+            both, as `predict` is to get them.
+        """
+
     def num_chunks(self, prompt: str) -> int:
         """How many chunks of tokens a prompt takes, at most `max_chunks`."""
 
     def pipeline(self) -> Any:
-        """A diffusers text-to-image pipeline that shares this family's networks."""
+        """A diffusers text-to-image pipeline that shares this family's networks.
+
+        Its scheduler is its own, and knows what the network was trained to predict.
+        """
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Embeddings of prompts and of no prompt, as arguments of `pipeline()`.

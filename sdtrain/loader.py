@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdprep.errors import DataError, UserError
+from sdprep.seeding import uniform
 from sdtrain.batch import Batch, MicroConditioning
 from sdtrain.buckets import Slot, Step, micro_batches
 from sdtrain.noise import independent_u, stratified_u
@@ -108,6 +109,10 @@ class BatchReader:
             micro=[micro for _, micro in views],
             noise=torch.stack([noise for noise, _ in drawn]),
             u=torch.tensor(list(u), dtype=torch.float64),
+            text_draws=torch.tensor(
+                [uniform(self._seed, "text", s.sample_id, s.visit) for s in slots],
+                dtype=torch.float64,
+            ),
             mask=self._mask(slots, [micro for _, micro in views]),
             input_noise=torch.stack(more) if more else None,
         )
@@ -154,7 +159,8 @@ def plan_micro_batches(
     """
     draw = stratified_u if timesteps == "stratified" else independent_u
     for step in steps:
-        levels = family.density(draw(seed, step.samples_seen, len(step.slots))).tolist()
+        areas = torch.tensor([slot.bucket.width * slot.bucket.height for slot in step.slots])
+        levels = family.density(draw(seed, step.samples_seen, len(step.slots)), areas).tolist()
         groups = micro_batches(step.slots, size)
         for group in groups:
             u = tuple(levels[position] for position in group)

@@ -21,6 +21,7 @@ from sdtrain.loss_masks import ALL_LABELS, LossMasks
 from sdtrain.noise_options import NoiseSection
 from sdtrain.phases import PhaseSection
 from sdtrain.precision import PrecisionSection
+from sdtrain.prior import PriorSection
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -273,6 +274,7 @@ class TrainRecipe(Section):
     data: DataSection
     mask: MaskSection = MaskSection()
     noise: NoiseSection = NoiseSection()
+    prior: PriorSection | None = None
     prompt: PromptPolicy = Field(
         PromptPolicy(), description="Overrides of the prompt policy that came with the data set."
     )

@@ -92,7 +92,7 @@ def pictures_of(family: Family, prompts: Sequence[str], style: Style) -> list[Im
     pictures = []
     # Some samplers draw from the ambient generator whatever they are given: put it back.
     with evaluation_mode(family), torch.no_grad(), torch.random.fork_rng(devices):
-        pipeline = _pipeline(family)
+        pipeline = family.pipeline()
         device = next(family.parts["vae"].parameters()).device
         for prompt in prompts:
             noise = noise_for(style.seed, "sample", prompt, 0, (family.latent_channels, side, side))
@@ -112,17 +112,6 @@ def pictures_of(family: Family, prompts: Sequence[str], style: Style) -> list[Im
             # Not through the pipeline: the family decodes outside autocast, in float32.
             pictures.append(picture_of(family.decode_latents(latents)[0]))
     return pictures
-
-
-def _pipeline(family: Family) -> Any:
-    """The family's pipeline with a sampler of its own that knows what the network predicts."""
-    pipeline = family.pipeline()
-    sampler = pipeline.scheduler
-    options = {}
-    if "prediction_type" in sampler.config:
-        options["prediction_type"] = family.prediction_type
-    pipeline.scheduler = type(sampler).from_config(sampler.config, **options)
-    return pipeline
 
 
 # --- files ---------------------------------------------------------------------------------------

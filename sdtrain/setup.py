@@ -26,6 +26,7 @@ from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
 from sdtrain.loss_masks import BoxCensus, over_all_latents, take_census
 from sdtrain.phases import PhasePlan, plan_phases, split_by_part
 from sdtrain.precision import narrow
+from sdtrain.prior import JoinedRows, Prior, PriorOrder, open_prior
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule, worst_step_ratio
 from sdtrain.weighting import Weighting
@@ -46,6 +47,7 @@ class Setup:
         train: bucket of every training row, or why it is refused.
         validation: the same of the validation split; None if there is none.
         boxes: what the loss masks of the training rows are made of; None if nothing is masked.
+        prior: pictures of the class that are trained among the others; None if there are none.
     """
 
     recipe: TrainRecipe
@@ -58,10 +60,29 @@ class Setup:
     train: Assignment
     validation: Assignment | None
     boxes: BoxCensus | None = None
+    prior: Prior | None = None
 
     @cached_property
-    def order(self) -> GlobalOrder:
-        """The stream of training samples."""
+    def order(self) -> GlobalOrder | PriorOrder:
+        """The stream of training samples, those of a prior among them."""
+        if self.prior is None:
+            return self._own_order
+        return self.prior.order(
+            self._own_order,
+            num_train=len(self.data.train),
+            seed=self.recipe.seed,
+            run_samples=self.recipe.data.run_samples,
+            num_chunks=self.family.num_chunks,
+        )
+
+    @cached_property
+    def rows(self) -> Any:
+        """What the rows of the stream's slots are rows of, as far as the loader asks."""
+        train = self.data.train
+        return train if self.prior is None else JoinedRows(train, self.prior.data.train)
+
+    @cached_property
+    def _own_order(self) -> GlobalOrder:
         texts = renderer(
             self.data.train, self.data.policy, self.recipe.seed, self.family.num_chunks
         )
@@ -82,7 +103,8 @@ class Setup:
             return train.samples
         assert train.epochs is not None
         epoch = int(self.data.train.repeats[self.train.kept].sum())
-        return max(1, round(train.epochs * epoch))
+        share = 1.0 if self.prior is None else 1 - self.prior.section.fraction
+        return max(1, round(train.epochs * epoch / share))
 
     @property
     def schedule_samples(self) -> int:
@@ -116,7 +138,7 @@ class Setup:
     def reader(self) -> BatchReader:
         """What turns those into tensors."""
         return BatchReader(
-            self.data.train,
+            self.rows,
             seed=self.recipe.seed,
             latent_shape=(self.family.latent_channels, self.family.vae_scale_factor),
             flip_prob=self.recipe.data.flip_prob,
@@ -175,6 +197,10 @@ class Setup:
         del recipe["prompt"]  # only the policy that results from it counts
         if self.recipe.noise.is_plain:
             del recipe["noise"]
+        if self.prior is None:
+            del recipe["prior"]
+        else:
+            recipe["prior"] |= {"path": None, "data_fingerprint": self.prior.data.fingerprint}
         if self.boxes is None:
             del recipe["mask"]
         else:
@@ -212,7 +238,15 @@ def open_setup(recipe: TrainRecipe) -> Setup:
         validation = assign(data.validation, buckets, recipe.data.max_upscale)
         require_enough(validation, "validation", len(data.validation))
     boxes = take_census(masks, data.train, train.kept.tolist()) if masks else None
-    setup = Setup(recipe, device, data, family, adapter, plan, hashes, train, validation, boxes)
+    prior = None
+    if recipe.prior is not None:
+        upscale = recipe.data.max_upscale
+        prior = open_prior(
+            recipe.prior, recipe.data, data.validation, lambda rows: assign(rows, buckets, upscale)
+        )
+    setup = Setup(
+        recipe, device, data, family, adapter, plan, hashes, train, validation, boxes, prior
+    )
     setup.weighting()
     setup.schedule()
     _ = setup.phases

@@ -41,7 +41,10 @@ def denoising_loss(
     with family.autocast():
         if conditioning is None:
             conditioning = family.encode_prompts(batch.prompts)
-        prediction = family.predict(noisy_latents, batch.u, conditioning, batch.micro)
+        conditioning, micro = family.as_dropped(
+            conditioning, batch.micro, batch.prompts, batch.text_draws
+        )
+        prediction = family.predict(noisy_latents, batch.u, conditioning, micro)
     logsnr = family.logsnr(batch.u).to(device, non_blocking=True)
     u = batch.u.float().to(device, non_blocking=True)
     return loss(prediction.float(), target, u=u, logsnr=logsnr, mask=batch.mask)

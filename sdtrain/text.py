@@ -136,6 +136,28 @@ class TextConditioning:
     pooled: Tensor | None = None
 
 
+def without_text(conditioning: TextConditioning, is_taken: Sequence[bool]) -> TextConditioning:
+    """The same with zeros in place of all of the text of some samples.
+
+    Args:
+        conditioning: of B samples.
+        is_taken: (B) whose text goes.
+    """
+    if not any(is_taken):
+        return conditioning
+
+    def kept(values: Tensor, slots: Sequence[int]) -> Tensor:
+        factors = torch.tensor([float(not is_taken[slot]) for slot in slots], dtype=values.dtype)
+        shape = (-1, *[1] * (values.dim() - 1))
+        return values * factors.view(shape).to(values.device, non_blocking=True)
+
+    groups = [(slots, kept(states, slots)) for slots, states in conditioning.groups]
+    pooled = conditioning.pooled
+    if pooled is not None:
+        pooled = kept(pooled, range(len(pooled)))
+    return TextConditioning(groups, pooled)
+
+
 def group_by_length(hidden: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
     """Stack hidden states (L, D) of equal length; in the order in which lengths first occur."""
     slots: dict[int, list[int]] = {}

@@ -58,7 +58,8 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         batch = batch.to(setup.device)
         losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
         logsnr = setup.family.logsnr(batch.u)
-        weights = run.weighting(logsnr.exp(), setup.family.prediction_type).to(setup.device)
+        weights = run.weighting(logsnr.exp(), setup.family.prediction_type)
+        weights = (weights * torch.tensor([s.weight for s in micro.slots])).to(setup.device)
         run.scaler.scale((weights * losses).sum() / num_samples).backward()
         positions += micro.positions
         levels += logsnr.tolist()

@@ -261,7 +261,7 @@ def test_layers_that_the_full_size_text_encoder_never_trains() -> None:
                 hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=49408
             )
         )
-    family = SimpleNamespace(parts={"text_encoder": encoder})
+    family = SimpleNamespace(parts={"text_encoder": encoder}, clip_skip=2)
     globs = next(iter(StableDiffusionXL.never_trained(family).values()))  # type: ignore[arg-type]
     dead = 0
     for name, parameter in encoder.named_parameters():

@@ -15,8 +15,8 @@ from sdprep.errors import DataError, UserError
 from sdprep.plugins import config_for
 from sdtrain.families import _full_size
 from sdtrain.families._opening import _published
+from sdtrain.families._sdxl import PARTS as SDXL_PARTS
 from sdtrain.families.sd15 import PARTS as SD15_PARTS
-from sdtrain.families.sdxl import PARTS as SDXL_PARTS
 from sdtrain.formats.single_file import DTYPES, single_file_tensors, write_single_file
 from tests.test_adapters import predict
 from tests.tiny import load_tiny

@@ -1,8 +1,9 @@
-"""What Stable Diffusion 1.x and XL share: loading, the VAE, DDPM noise and paths."""
+"""What Stable Diffusion 1.x and XL share: loading, the VAE, noise levels and paths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sdprep.errors import UserError
 from sdprep.recipe import Section
+from sdtrain.batch import MicroConditioning
 from sdtrain.ddpm import DdpmObjective, objective_from_scheduler
+from sdtrain.flow import FlowObjective
 from sdtrain.formats import diffusers as diffusers_folder
+from sdtrain.formats.schedulers import ddpm_scheduler, is_flow
 from sdtrain.paths import canonical_path, is_adapter
 from sdtrain.text import (
     Convention,
@@ -31,15 +36,14 @@ AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 class TextOptions(Section):
-    """Options that both families have."""
+    """Options that all families of this line have."""
 
-    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="What the network says; default: what the checkpoint's scheduler names."
-    )
     config: str | None = Field(
         None, description="Diffusers folder with a single file's sizes; default: the usual ones."
     )
-    max_chunks: int = Field(3, ge=1, le=16, description="Chunks of 75 tokens kept of a prompt.")
+    max_chunks: int = Field(
+        3, ge=1, le=1000, description="Chunks of 75 tokens kept of a prompt; the rest is counted."
+    )
     split: Split = Field("hard", description="Cut after 75 tokens, or behind the last comma.")
     chunk_convention: Convention = Field(
         "n77", description="Length of n chunks in tokens: n times 77, or n times 75 plus 2."
@@ -49,12 +53,26 @@ class TextOptions(Section):
     )
 
 
+class DdpmOptions(TextOptions):
+    """Options of the families that are trained with a thousand noise levels."""
+
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the network says; default: what the checkpoint's scheduler names."
+    )
+    zero_terminal_snr: bool | None = Field(
+        None,
+        description="Whether the last noise level holds no signal (v_prediction only); "
+        "default: as the checkpoint's scheduler.",
+    )
+
+
 class StableDiffusion:
     """A diffusers folder of this line, ready to train; the families add text and prediction.
 
     Args:
         folder: networks, tokenizers and scheduler as they were loaded.
-        options: how prompts are cut and what the network predicts.
+        options: how prompts are cut and what the network predicts; `DdpmOptions`, unless a family
+            has an `_objective` of its own.
         precision: autocast dtype, `no`, `bf16` or `fp16`.
     """
 
@@ -66,13 +84,9 @@ class StableDiffusion:
     def __init__(
         self, folder: diffusers_folder.Folder, options: TextOptions, precision: str = "no"
     ) -> None:
-        self.folder, self.options, self.precision = folder, options, precision
+        self.options, self.precision = options, precision
         self.parts = folder.networks
         self.trainable_parts = ("unet", *self.encoders)
-        self.objective: DdpmObjective = objective_from_scheduler(
-            folder.scheduler.config, options.prediction_type
-        )
-        self.prediction_type = self.objective.prediction_type
         vae_config: Any = self.parts["vae"].config
         unet_config: Any = self.parts["unet"].config
         if options.gradient_checkpointing:
@@ -88,6 +102,39 @@ class StableDiffusion:
         finest = self.vae_scale_factor * 2 ** (len(unet_config.block_out_channels) - 1)
         is_full_size = self.default_resolution_px >= SMALLEST_FULL_SIZE_PX
         self.bucket_multiple_px = FULL_SIZE_MULTIPLE_PX if is_full_size else finest
+        self.objective, scheduler = self._objective(folder, options)
+        self.prediction_type = self.objective.prediction_type
+        # From here on the scheduler says what is trained, in pictures and in what is saved.
+        self.folder = replace(folder, scheduler=scheduler)
+
+    def _require_layers(self, clip_skip: int) -> None:
+        """Refuse to read a layer that an encoder does not have."""
+        for name in self.encoders:
+            encoder: Any = self.parts[name]
+            layers = int(encoder.config.num_hidden_layers)
+            if clip_skip > layers:
+                raise UserError(
+                    f"model.clip_skip = {clip_skip}, but {name} has {layers} layers",
+                    "It counts from the end: 1 reads the last layer.",
+                )
+
+    def _objective(
+        self, folder: diffusers_folder.Folder, options: Any
+    ) -> tuple[DdpmObjective | FlowObjective, Any]:
+        """What is trained, and a scheduler that samples it."""
+        if is_flow(folder.scheduler):
+            raise UserError(
+                f"family {self.name} has noise levels of its own, and the checkpoint was trained "
+                f"with flow matching ({type(folder.scheduler).__name__})",
+                "Set model.family to one that does flow matching: sdtrain plugins.",
+            )
+        objective = objective_from_scheduler(
+            folder.scheduler.config, options.prediction_type, options.zero_terminal_snr
+        )
+        scheduler = ddpm_scheduler(
+            folder.scheduler, objective.prediction_type, is_zero_snr=objective.is_zero_snr
+        )
+        return objective, scheduler
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of clean latents and noise: two (B,) float32."""
@@ -98,16 +145,16 @@ class StableDiffusion:
         return self.objective.logsnr(u)
 
     def target(self, clean: Tensor, noise: Tensor, u: Tensor) -> Tensor:
-        """Noise or velocity, shaped like `clean`, float32."""
+        """Noise, velocity or flow, shaped like `clean`, float32."""
         return self.objective.target(clean, noise, u)
 
     def model_time(self, u: Tensor) -> Tensor:
-        """The step t that the network receives: (B,) int64."""
+        """The step t that the network receives: (B,), whole or not."""
         return self.objective.model_time(u)
 
-    def density(self, v: Tensor) -> Tensor:
-        """Training noise levels are uniform."""
-        return self.objective.density(v)
+    def density(self, v: Tensor, area_px: Tensor) -> Tensor:
+        """Where training draws its noise levels."""
+        return self.objective.density(v, area_px)
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +189,16 @@ class StableDiffusion:
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             pixels = vae.decode(latents.float() / vae.config.scaling_factor + shift).sample
         return pixels.clamp(-1, 1)
+
+    def as_dropped(
+        self,
+        conditioning: TextConditioning,
+        micro: Sequence[MicroConditioning],
+        prompts: Sequence[str],
+        draws: Tensor | None,
+    ) -> tuple[TextConditioning, Sequence[MicroConditioning]]:
+        """Nothing but its text, unless a family says so."""
+        return conditioning, micro
 
     def num_chunks(self, prompt: str) -> int:
         """How many chunks a prompt takes."""
@@ -213,7 +270,7 @@ class StableDiffusion:
 
     def pipeline(self) -> Any:
         """A diffusers pipeline over these very networks."""
-        return self.folder.pipeline(prediction_type=self.prediction_type)
+        return self.folder.pipeline()
 
     def save(self, path: Path) -> None:
         """Write a complete diffusers folder.
@@ -224,7 +281,7 @@ class StableDiffusion:
         for part, network in self.parts.items():
             live = [name for name, _ in network.named_parameters() if is_adapter(name)]
             assert not live, f"{part} has an adapter attached: merge it before saving"
-        self.folder.save(path, prediction_type=self.prediction_type)
+        self.folder.save(path)
 
 
 def only_length(conditioning: TextConditioning) -> Tensor:

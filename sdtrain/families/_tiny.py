@@ -42,9 +42,8 @@ class TinySizes:
     unet: Mapping[str, Any]
 
 
-def write_tiny_folder(path: Path, sizes: TinySizes, seed: int) -> None:
+def write_tiny_folder(path: Path, sizes: TinySizes, seed: int, scheduler: Any) -> None:
     """Write the model; equal arguments give equal bytes."""
-    import diffusers
     from transformers import CLIPTokenizer
 
     networks = _networks(sizes)
@@ -52,21 +51,13 @@ def write_tiny_folder(path: Path, sizes: TinySizes, seed: int) -> None:
         if part != "vae":
             draw_weights(part, network, seed)
     set_codec_weights(networks["vae"], sizes.scaling_factor)
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
     tokenizers = {}
     for name in list(PAD_TOKENS)[: len(sizes.text_encoders)]:
         with as_file(files("sdprep") / "data" / "clip_tokenizer") as source:
             copy_tokenizer(source, path / name, PAD_TOKENS[name])
         tokenizers[name] = CLIPTokenizer.from_pretrained(str(path / name))
     folder = Folder(sizes.pipeline, networks, tokenizers, scheduler, {})
-    folder.save(path, prediction_type="epsilon")
+    folder.save(path)
 
 
 def _networks(sizes: TinySizes) -> dict[str, nn.Module]:

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from sdtrain.batch import MicroConditioning
-from sdtrain.families._full_size import SD15
+from sdtrain.families._full_size import SD15, standard_scheduler
 from sdtrain.families._opening import open_model_files
-from sdtrain.families._stable_diffusion import StableDiffusion, TextOptions, only_length
+from sdtrain.families._stable_diffusion import DdpmOptions, StableDiffusion, only_length
 from sdtrain.families._tiny import TinySizes, write_tiny_folder
 from sdtrain.formats.diffusers import Folder
 from sdtrain.text import TextConditioning, group_by_length
@@ -25,13 +25,17 @@ PARTS = {
 }
 
 
-class Config(TextOptions):
+class Config(DdpmOptions):
     """Stable Diffusion 1.x."""
 
     type: Literal["sd15"] = "sd15"
     pipeline: ClassVar[str] = PIPELINE
     clip_skip: int = Field(
-        1, ge=1, le=12, description="Layer of the text encoder, from the end; 1: the last."
+        1,
+        ge=1,
+        le=12,
+        description="Layer of the text encoder, from the end, as A1111 counts; 1: the last. "
+        "diffusers' clip_skip is one less.",
     )
 
     def build(
@@ -68,7 +72,7 @@ class Config(TextOptions):
                 "attention_head_dim": 4,
             },
         )
-        write_tiny_folder(path, sizes, seed)
+        write_tiny_folder(path, sizes, seed, standard_scheduler())
 
 
 class StableDiffusion15(StableDiffusion):
@@ -80,6 +84,7 @@ class StableDiffusion15(StableDiffusion):
     def __init__(self, folder: Folder, options: Config, precision: str = "no") -> None:
         super().__init__(folder, options, precision)
         self.clip_skip = options.clip_skip
+        self._require_layers(self.clip_skip)
 
     def encode_prompts(
         self, prompts: Sequence[str], *, clip_skip: int | None = None

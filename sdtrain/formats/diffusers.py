@@ -27,7 +27,7 @@ class Folder:
         pipeline_class: name of the diffusers pipeline.
         networks: by name: `unet`, `vae`, `text_encoder`, ….
         tokenizers: by name: `tokenizer`, `tokenizer_2`.
-        scheduler: the checkpoint's own.
+        scheduler: the checkpoint's own; in a family, one that says what is trained.
         index: options of the pipeline itself, such as `force_zeros_for_empty_prompt`.
     """
 
@@ -37,13 +37,8 @@ class Folder:
     scheduler: Any
     index: dict[str, Any]
 
-    def pipeline(self, *, prediction_type: str) -> Any:
-        """A pipeline over these networks, without safety checker or watermark.
-
-        Args:
-            prediction_type: what the networks were trained to say, whatever the checkpoint's
-                scheduler was told.
-        """
+    def pipeline(self) -> Any:
+        """A pipeline over these networks, without safety checker or watermark."""
         import diffusers
 
         options: dict[str, Any] = dict(self.index)
@@ -52,25 +47,21 @@ class Folder:
             options["requires_safety_checker"] = False
         else:
             options["add_watermarker"] = False
-        wanted = {"prediction_type": prediction_type}
-        if self.scheduler.config.get("rescale_betas_zero_snr", False):
-            wanted["timestep_spacing"] = "trailing"  # else sampling never sees pure noise
-        scheduler = type(self.scheduler).from_config(self.scheduler.config, **wanted)
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)  # with fresh state
         made = getattr(diffusers, self.pipeline_class)(
             **self.networks, **self.tokenizers, scheduler=scheduler, **options
         )
         made.set_progress_bar_config(disable=True)
         return made
 
-    def save(self, path: Path, *, prediction_type: str) -> None:
+    def save(self, path: Path) -> None:
         """Write the whole folder, safetensors only, text encoders with their `text_model.` prefix.
 
         Args:
             path: made if absent.
-            prediction_type: written into the scheduler, so that samplers know it.
         """
         path.mkdir(parents=True, exist_ok=True)
-        pipeline = self.pipeline(prediction_type=prediction_type)
+        pipeline = self.pipeline()
         pipeline.save_config(str(path))  # model_index.json
         pipeline.scheduler.save_pretrained(str(path / "scheduler"))
         for name, tokenizer in self.tokenizers.items():

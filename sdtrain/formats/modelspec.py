@@ -21,6 +21,8 @@ IMPLEMENTATIONS = {
     "StableDiffusionPipeline": "https://github.com/CompVis/stable-diffusion",
     "StableDiffusionXLPipeline": "https://github.com/Stability-AI/generative-models",
 }
+# The specification names the first two; programs that draw must be told of the third by hand.
+PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "flow": "flow"}
 HASH = "modelspec.hash_sha256"
 _NO_HASH = "0x" + "0" * 64
 _CHUNK_BYTES = 1 << 20
@@ -43,7 +45,7 @@ def modelspec(
         title: what people call the model.
         date: ISO 8601.
         resolution_px: side of the square that it draws.
-        prediction_type: `epsilon` or `v_prediction`.
+        prediction_type: `epsilon`, `v_prediction` or `flow`.
         about: `author`, `description` and others, if known.
         is_adapter: whether the file holds a LoRA and no model.
     """
@@ -54,7 +56,7 @@ def modelspec(
         "title": title,
         "date": date,
         "resolution": f"{resolution_px}x{resolution_px}",
-        "prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+        "prediction_type": PREDICTION_TYPES[prediction_type],
         "hash_sha256": _NO_HASH,
         **(about or {}),
     }

@@ -16,6 +16,7 @@ from sdprep.errors import DataError, UserError
 from sdtrain.formats import single_file_keys as keys
 from sdtrain.formats.diffusers import Folder
 from sdtrain.formats.modelspec import HASH, write_hash
+from sdtrain.formats.schedulers import FLOW_SHIFT, flow_scheduler
 from sdtrain.paths import WRAPPERS, canonical_path, is_adapter
 
 ENDINGS = (".safetensors", ".ckpt", ".bin")
@@ -324,6 +325,8 @@ def _split(tensor: Tensor, entry: keys.Entry) -> list[Tensor]:
 
 def _marked(scheduler: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
     """The noise schedule with what the file says about prediction."""
+    if metadata.get("modelspec.prediction_type") == "flow":
+        return flow_scheduler(float(metadata.get(FLOW_SHIFT, 1)))
     is_v = V_MARKER in tensors or metadata.get("modelspec.prediction_type", "").startswith("v")
     if not is_v:
         if ZERO_SNR_MARKER in tensors:

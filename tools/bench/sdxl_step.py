@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from sdtrain.batch import Batch, MicroConditioning
+from sdtrain.families._sdxl import PIPELINE
 from sdtrain.families.sdxl import Config, StableDiffusionXL
+from sdtrain.formats.diffusers import Folder
 from sdtrain.freezing import build_plan
 from sdtrain.losses.mse import mse
 from sdtrain.noise import noise_for, stratified_u
@@ -46,7 +47,7 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def networks() -> Any:
+def networks() -> Folder:
     """Full-size networks with random weights and the real tokenizers."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import (
@@ -104,7 +105,7 @@ def networks() -> Any:
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
     )
-    return SimpleNamespace(networks=parts, tokenizers=tokenizers, scheduler=scheduler, index={})
+    return Folder(PIPELINE, parts, tokenizers, scheduler, {})
 
 
 def measure(name: str, adapter: str, micro: int, steps: int) -> dict[str, Any]:
