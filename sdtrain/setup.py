@@ -228,6 +228,12 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     data = open_data(recipe.data, recipe.prompt, with_boxes=masks is not None)
     for note in data.notes:
         talk.print(f"data: {note}", markup=False, soft_wrap=True)
+    most = getattr(recipe.model, "max_chunks", data.policy.max_chunks)
+    if data.policy.max_chunks > most:
+        warn(
+            f"prompts are fitted to {data.policy.max_chunks} chunks (prompt.max_chunks), and the "
+            f"model keeps {most} of them (model.max_chunks): what lies beyond is cut off"
+        )
     family, adapter, hashes, plan = open_model(recipe, device)
     buckets = bucket_sizes(recipe, family)
     train = assign(data.train, buckets, recipe.data.max_upscale)

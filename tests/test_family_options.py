@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from sdtrain.setup import open_setup
 from sdtrain.step import denoising_loss
 from tests.test_families import SD_BETAS, load_pipeline
 from tests.tiny import load_tiny, tiny_batch
+from tests.train_data import prepared_row, write_prepared
 
 LAST = torch.tensor([0.9999], dtype=torch.float64)
 BOTH = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
@@ -261,3 +264,40 @@ def test_prompts_may_be_of_any_length(tiny_model: Callable[[str], Path], name: s
         output = family.predict(batch.noise, batch.u, family.encode_prompts([prompt]), batch.micro)
     assert states.shape[1] == 21 * 77
     assert bool(torch.isfinite(output).all())
+
+
+@pytest.mark.parametrize(("most", "is_cut"), [(4, True), (5, False)])
+def test_prompts_that_the_model_would_cut_are_announced(
+    train_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], most: int, is_cut: bool
+) -> None:
+    settings = ["prompt.max_chunks=5", f"model.max_chunks={most}"]
+    open_setup(load_train_recipe(train_recipe(), settings))
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("fitted to 5 chunks (prompt.max_chunks), and the model keeps 4" in said) is is_cut
+
+
+@pytest.mark.parametrize("mode", ["tags", "caption", "pick", "concat", "concat_random"])
+def test_the_recipes_prompt_mode_reaches_training(
+    train_recipe: Callable[..., Path], tmp_path: Path, mode: str
+) -> None:
+    tag = {"name": "red_car", "category": "general", "score": 1.0, "source": "human"}
+    rows = [prepared_row(number, tags=[tag], caption=f"photo {number}") for number in range(1, 5)]
+    data = write_prepared(tmp_path / "dual", rows)  # whose own policy says: caption
+    settings = [f'prompt.mode="{mode}"', "prompt.dropout_p=0.0", "prompt.pick.p_tags=0.5"]
+    setup = open_setup(load_train_recipe(train_recipe(data=data), settings))
+    texts = [slot.text.prompt for slot in islice(setup.order.slots(), 40)]
+    has_tag = [bool(re.search("red.car", text)) for text in texts]
+    has_caption = ["photo" in text for text in texts]
+    tag_first = [bool(re.search("red.car.*photo", text)) for text in texts]
+    assert all(tag or caption for tag, caption in zip(has_tag, has_caption, strict=True))
+    both = [tag and caption for tag, caption in zip(has_tag, has_caption, strict=True)]
+    expected = {"tags": (40, 0), "caption": (0, 40), "concat": (40, 40), "concat_random": (40, 40)}
+    if mode == "pick":
+        assert 8 < sum(has_tag) < 32
+        assert not any(both)
+    else:
+        assert (sum(has_tag), sum(has_caption)) == expected[mode]
+    if mode == "concat_random":
+        assert 8 < sum(tag_first) < 32
+    elif mode == "concat":
+        assert all(tag_first)
