@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from sdtrain.setup import Setup
 
 FLOAT32_BYTES = 4
@@ -10,14 +14,17 @@ USUAL_STATE_COPIES = 2
 
 
 def memory(setup: Setup) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer and averages; activations come on top."""
+    """Bytes of weights, gradients, optimizer and averages; activations come on top.
+
+    With phases, gradients and optimizer state are those of the phase that needs most of them.
+    """
     networks = setup.family.parts.values()
     weights = sum(p.numel() * p.element_size() for part in networks for p in part.parameters())
     ema = setup.recipe.ema
     parts = {
         "weights": weights,
-        "gradients": _trained(setup),
-        "optimizer": optimizer_bytes(setup),
+        "gradients": _at_once(setup, lambda path, p: p.numel() * p.element_size()),
+        "optimizer": _at_once(setup, _state_bytes(setup)),
         "ema": _floats(setup) if ema is not None and ema.device == "same" else 0,
     }
     if setup.recipe.precision.rule == "kahan":
@@ -35,10 +42,26 @@ def checkpoint_bytes(setup: Setup) -> int:
 
 def optimizer_bytes(setup: Setup) -> int:
     """Bytes that the optimizer keeps for everything that trains."""
-    state_bytes = getattr(setup.recipe.optimizer, "state_bytes", None)
-    if state_bytes is None:  # somebody else's
-        return USUAL_STATE_COPIES * _floats(setup)
-    return sum(state_bytes(path, p.shape) for path, p in setup.plan.trained().items())
+    size = _state_bytes(setup)
+    return sum(size(path, parameter) for path, parameter in setup.plan.trained().items())
+
+
+def _state_bytes(setup: Setup) -> Callable[[str, Tensor], int]:
+    said = getattr(setup.recipe.optimizer, "state_bytes", None)
+    if said is None:  # somebody else's
+        return lambda path, parameter: USUAL_STATE_COPIES * FLOAT32_BYTES * parameter.numel()
+    return lambda path, parameter: int(said(path, parameter.shape))
+
+
+def _at_once(setup: Setup, size: Callable[[str, Tensor], int]) -> int:
+    """The sum over what trains; with phases, the largest sum over what trains at the same time."""
+    by_part: dict[str, int] = {}
+    for path, parameter in setup.plan.trained().items():
+        part = path.split(".")[0]
+        by_part[part] = by_part.get(part, 0) + size(path, parameter)
+    if setup.phases is None:
+        return sum(by_part.values())
+    return max(sum(by_part[part] for part in phase.parts) for phase in setup.phases.phases)
 
 
 def _trained(setup: Setup) -> int:
