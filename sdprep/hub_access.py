@@ -179,10 +179,10 @@ def in_words(error: BaseException, repo: str) -> BaseException:
     if status == 403:
         return UserError(
             f"the Hub does not let you write to {repo}: {said}",
-            "Needed: a token with write access to data sets of that name, and room in its storage.",
+            "Needed: a token with write access to that name, and room in its storage.",
         )
     if status is not None and status not in MAY_PASS:
-        return UserError(f"the Hub refused the data set {repo} ({status}): {said}")
+        return UserError(f"the Hub refused {repo} ({status}): {said}")
     return UserError(
         f"no luck with the Hub while working on {repo}: {said}",
         "What has arrived stays there. Run the same command again: only the rest is sent.",

@@ -10,6 +10,7 @@ import numpy as np
 
 from sdprep.buckets import fit
 from sdtrain.buckets import Assignment, Slot, micro_batches
+from sdtrain.check_facts import device_bytes, num_in_both, precision_conflicts, sketch
 from sdtrain.dataset import Rows
 from sdtrain.memory import checkpoint_bytes, memory
 from sdtrain.recipe import TrainRecipe
@@ -53,7 +54,9 @@ def describe(setup: Setup) -> dict[str, Any]:
         "length": _length(setup, slots),
         "learning_rate": _learning_rate(setup),
         "evaluation": _evaluation(setup),
+        "conflicts": precision_conflicts(setup.recipe.precision.mixed, setup.device),
         "memory": memory(setup),
+        "device_bytes": device_bytes(setup.device),
         "checkpoint_bytes": checkpoint_bytes(setup),
         "prompts": _prompts(setup, slots[:SHOWN_PROMPTS]),
     }
@@ -86,16 +89,11 @@ def _data(setup: Setup) -> dict[str, Any]:
     splits = {"train": _rows(data.train, setup.train)}
     if data.validation is not None and setup.validation is not None:
         splits["validation"] = _rows(data.validation, setup.validation)
-    shared = 0
-    if data.validation is not None:
-        shared = len(
-            _kept_ids(data.train, setup.train) & _kept_ids(data.validation, setup.validation)
-        )
     return {
         "origin": data.origin,
         "fingerprint": data.fingerprint,
         "splits": splits,
-        "in_both_splits": shared,
+        "in_both_splits": num_in_both(data, setup.train, setup.validation),
         "notes": data.notes,
         "policy": data.policy.model_dump(mode="json", by_alias=True),
         "masks": _masks(setup),
@@ -113,11 +111,6 @@ def _masks(setup: Setup) -> dict[str, Any] | None:
         "rows": setup.boxes.rows_masked,
         "rows_by_label": setup.boxes.rows_by_label,
     }
-
-
-def _kept_ids(rows: Rows, assignment: Assignment | None) -> set[str]:
-    assert assignment is not None
-    return {rows.ids[row].split("#")[0] for row in assignment.kept}
 
 
 def _rows(rows: Rows, assignment: Assignment) -> dict[str, Any]:
@@ -163,6 +156,9 @@ def _chunks(setup: Setup) -> dict[str, Any]:
         "looked_at": looked_at,
         "of": len(ids),
         "rows_by_chunks": {str(chunks): counts[chunks] for chunks in sorted(counts)},
+        "percent_by_chunks": {
+            str(chunks): round(100 * counts[chunks] / looked_at, 2) for chunks in sorted(counts)
+        },
         "dropped": sum(text.is_dropped for text in texts),
         "empty": sum(text.prompt == "" for text in texts),
     }
@@ -209,6 +205,7 @@ def _learning_rate(setup: Setup) -> dict[str, Any]:
     return {
         "samples_seen": clocks,
         "factor": [schedule(clock) for clock in clocks],
+        "sketch": sketch(schedule, (setup.num_steps - 1) * batch),
         "lr": {name: [lr * schedule(clock) for clock in clocks] for name, lr in peaks.items()},
         "worst_ratio": worst,
         "worst_ratio_at": where,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-GIGABYTE = 1e9
+WIDTH = 100
 
 
 def check_text(found: Mapping[str, Any], freeze_table: str) -> str:
@@ -24,9 +26,34 @@ def check_text(found: Mapping[str, Any], freeze_table: str) -> str:
         ("the first prompts", _prompts(found["prompts"])),
     ]
     lines = []
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
     for title, body in sections:
-        lines += [title, *(f"  {line}" for line in body), ""]
+        lines += [title, *(part for line in body for part in _folded(line, width)), ""]
     return "\n".join(lines).rstrip()
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """One line of a section, cut at blanks where it would not fit; tables stay whole.
+
+    A table is told by two blanks between its cells.
+    """
+    inner = " " * (2 + len(line) - len(line.lstrip()))
+    if len(line) + 2 <= width or "  " in line.strip():
+        return ["  " + line]
+    return textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=inner,
+        subsequent_indent=inner + "    ",
+        break_on_hyphens=False,
+    )
+
+
+def _size(num_bytes: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB" if num_bytes else "0"
 
 
 def _model(found: Mapping[str, Any]) -> list[str]:
@@ -37,6 +64,7 @@ def _model(found: Mapping[str, Any]) -> list[str]:
         f"parameters: {parts}",
         f"fingerprint {model['fingerprint']}, on {found['device']}",
     ]
+    lines += [f"WARNING: {conflict}" for conflict in found["conflicts"]]
     if found["gpu_without_torch"]:
         lines.append("WARNING: there is an NVIDIA GPU that this torch cannot use (CPU build?)")
     return lines
@@ -91,7 +119,9 @@ def _buckets(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _chunks(chunks: Mapping[str, Any]) -> list[str]:
-    counts = ", ".join(f"{n}: {rows:,}" for n, rows in chunks["rows_by_chunks"].items())
+    shares = chunks["percent_by_chunks"]
+    by_chunks = chunks["rows_by_chunks"].items()
+    counts = ", ".join(f"{n}: {rows:,} ({shares[n]:g} %)" for n, rows in by_chunks)
     return [
         f"rows by chunks of 75 tokens, first epoch, {chunks['looked_at']:,} rows: {counts}",
         f"captions dropped: {chunks['dropped']:,}; empty prompts in all: {chunks['empty']:,}",
@@ -110,7 +140,10 @@ def _length(found: Mapping[str, Any]) -> list[str]:
 
 
 def _learning_rate(rates: Mapping[str, Any]) -> list[str]:
-    lines = ["at samples " + "  ".join(f"{clock:,}" for clock in rates["samples_seen"])]
+    lines = [
+        rates["sketch"],
+        "at samples " + "  ".join(f"{clock:,}" for clock in rates["samples_seen"]),
+    ]
     for name, values in rates["lr"].items():
         lines.append(f"{name}: " + "  ".join(f"{value:.3g}" for value in values))
     if rates["scaled_by"] != 1:
@@ -137,13 +170,20 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _memory(found: Mapping[str, Any]) -> list[str]:
-    memory = {name: value / GIGABYTE for name, value in found["memory"].items()}
-    return [
-        f"weights {memory['weights']:.2f} GB + gradients {memory['gradients']:.2f} GB "
-        f"+ optimizer {memory['optimizer']:.2f} GB + averages {memory['ema']:.2f} GB = "
-        f"{memory['total_without_activations']:.2f} GB, and activations on top",
-        f"one checkpoint takes about {found['checkpoint_bytes'] / GIGABYTE:.3f} GB",
+    memory = {name: _size(value) for name, value in found["memory"].items()}
+    needed, device = found["memory"]["total_without_activations"], found["device_bytes"]
+    saved, kept = found["checkpoint_bytes"], found["recipe"]["checkpoint"]["keep"]
+    lines = [
+        f"weights {memory['weights']} + gradients {memory['gradients']} + optimizer "
+        f"{memory['optimizer']} + averages {memory['ema']} = "
+        f"{memory['total_without_activations']}, and activations on top",
+        f"one checkpoint takes about {_size(saved)}, the newest {kept} about {_size(kept * saved)}",
     ]
+    if device is not None:
+        lines.insert(1, f"{found['device']} has {_size(device)}")
+        if needed > device:
+            lines.insert(2, "WARNING: that does not fit; train fewer parts, or an adapter")
+    return lines
 
 
 def _prompts(prompts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from sdprep.console import run_app
-from sdtrain.commands import draw, files, measure, train
+from sdtrain.commands import draw, files, measure, provenance, train
 
 app = typer.Typer(
     name="sdtrain",
@@ -53,6 +53,9 @@ _add(
     files.export,
     "sdtrain export runs/first --format single-file --to first.safetensors --dtype fp16",
 )
+_add("show", provenance.show, "sdtrain show runs/first")
+_add("diff", provenance.diff, "sdtrain diff runs/first runs/second")
+_add("push", provenance.push, "sdtrain push runs/first user/first --private")
 _add("tiny", files.tiny, "sdtrain tiny FAMILY models/tiny (families: sdtrain plugins)")
 _add("plugins", files.plugins, "sdtrain plugins --json")
 

@@ -142,7 +142,8 @@ class HubServer:
         private = bool(asked.get("private")) or asked.get("visibility") == "private"
         self.repositories[name] = made = Repository(private)
         made.commit("initial commit", {".gitattributes": Entry(b"*.parquet filter=lfs\n", False)})
-        return {"url": f"{self.url}/datasets/{name}", "id": name}
+        kind = "datasets/" if asked.get("type") == "dataset" else ""
+        return {"url": f"{self.url}/{kind}{name}", "id": name}
 
     def info(self, repo: str, revision: str = "main") -> dict[str, Any]:
         found = self.repository(repo)
@@ -332,19 +333,21 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     return {"errors": [], "warnings": []}
                 case ["POST", "api", "repos", "create"]:
                     return hub.create(json.loads(body))
-                case ["GET", "api", "datasets", _, _]:
+                case ["GET", "api", "datasets" | "models", _, _]:
                     return hub.info(repo)
-                case ["GET", "api", "datasets", _, _, "revision", revision]:
+                case ["GET", "api", "datasets" | "models", _, _, "revision", revision]:
                     return hub.info(repo, revision)
-                case ["GET", "api", "datasets", _, _, "tree", revision, *folder]:
+                case ["GET", "api", "datasets" | "models", _, _, "tree", revision, *folder]:
                     recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
                     return hub.tree(repo, revision, "/".join(folder), recursive)
-                case ["POST", "api", "datasets", _, _, "paths-info", revision]:
+                case ["POST", "api", "datasets" | "models", _, _, "paths-info", revision]:
                     asked = parse_qs(body.decode()) if body[:1] != b"{" else json.loads(body)
                     return hub.paths_info(repo, revision, asked["paths"])
-                case ["POST", "api", "datasets", _, _, "preupload", "main"]:
+                case ["POST", "api", "datasets" | "models", _, _, "preupload", "main"]:
                     return hub.preupload(repo, json.loads(body))
                 case ["POST", "datasets", _, _, "info", "lfs", "objects", "batch"]:
+                    return hub.batch(json.loads(body))
+                case ["POST", _, _, "info", "lfs", "objects", "batch"]:  # of a model
                     return hub.batch(json.loads(body))
                 case ["PUT", "store", oid]:
                     return hub.store(oid, body)
@@ -353,7 +356,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     return None
                 case ["POST", "complete", oid]:
                     return hub.complete(oid, json.loads(body))
-                case ["POST", "api", "datasets", _, _, "commit", "main"]:
+                case ["POST", "api", "datasets" | "models", _, _, "commit", "main"]:
                     return hub.commit(repo, [json.loads(line) for line in body.splitlines()])
             raise Refused(404, f"no route {self.command} /{'/'.join(parts)}")
 

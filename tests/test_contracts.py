@@ -29,7 +29,7 @@ SHARED_WITH_TRAINER = {
         "prompt_policy",
         "prompt_record",
     ),
-    "masks",
+    *("masks", "hub_access", "card_text"),
 }
 HEAVY = ("torch", "datasets", "lance", "transformers", "diffusers", "matplotlib", "scipy")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from sdtrain.run import Run
 from sdtrain.run_folder import RunFolder
 from sdtrain.setup import Setup, open_setup
 from sdtrain.step import denoising_loss
-from sdtrain.trainer import steps
+from sdtrain.trainer import steps, train
 from sdtrain.update import take_step
 from tests.tiny import load_tiny, tiny_batch
 from tests.train_data import SIZES, prepared_row, write_prepared
@@ -367,3 +368,27 @@ def test_a_picture_of_another_size_than_its_row_is_refused(
 def test_a_recipe_with_a_senseless_mask_is_refused(train_recipe: Recipe, wrong: str) -> None:
     with pytest.raises(RecipeError, match="mask"):
         load_train_recipe(train_recipe(), [wrong])
+
+
+def test_a_masked_run_is_the_same_with_workers_and_over_a_stop(
+    boxed: Path, train_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = train_recipe(data=boxed)
+    masked = ('mask.boxes=["watermark"]', "train.samples=8", "checkpoint.every_samples=4")
+    results = []
+    for name, more in (("whole", ()), ("workers", ("data.workers=1",))):
+        output = f"output={str(tmp_path / name)!r}"
+        results.append(train(load_train_recipe(recipe, (*masked, *more, output))))
+    first = Path(results[0].output) / "checkpoints"
+    resumed = tmp_path / "resumed"
+    shutil.copytree(results[0].output, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "8")
+    again = load_train_recipe(recipe, (*masked, f"output={str(resumed)!r}"))
+    results.append(train(again))
+    expected = (first / "8" / "trained.safetensors").read_bytes()
+    for result in results[1:]:
+        found = Path(result.output) / "checkpoints" / "8" / "trained.safetensors"
+        assert found.read_bytes() == expected
+    plain = load_train_recipe(recipe, (*masked[1:], f"output={str(tmp_path / 'plain')!r}"))
+    other = Path(train(plain).output) / "checkpoints" / "8" / "trained.safetensors"
+    assert other.read_bytes() != expected

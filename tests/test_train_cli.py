@@ -202,3 +202,14 @@ def test_plugins_are_listed_with_their_options() -> None:
     assert gamma[0]["default"] == 5.0
     assert all(o["description"] for kind in found.values() for p in kind.values() for o in p)
     assert "min_snr" in call("plugins").stdout
+
+
+def test_check_sketches_the_schedule_and_folds_long_lines(
+    train_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = call("check", train_recipe(), "--set", "precision.mixed=bf16").stdout.splitlines()
+    assert any(set(line.strip()) <= set("▁▂▃▄▅▆▇█") and "█" in line for line in said)
+    assert "precision.mixed = 'bf16' on the CPU" in " ".join(" ".join(said).split())
+    assert all(len(line) <= 80 for line in said if "  " not in line.strip() and " " in line.strip())
+    assert any("(78.57 %)" in line for line in said)

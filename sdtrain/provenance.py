@@ -1,0 +1,195 @@
+"""How a model was made, and what two of them did differently: read, never computed anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdprep.errors import DataError
+from sdtrain import checkpoint
+from sdtrain.checkpoint import checkpoints, read_state
+
+RECORD = ("recipe", "data", "versions", "samples_seen", "step", "freeze_table", "evaluations")
+COMPARED = ("recipe", "data", "versions", "samples_seen")
+_PREFIX, _SPEC = "sdtrain.", "modelspec."
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a file or folder says of its making.
+
+    Args:
+        path: as it was found, such as the newest checkpoint of a run.
+        kind: `checkpoint`, `model folder` or `file`.
+        record: entries of `RECORD`, as far as it has them.
+        about: other metadata, such as ModelSpec's title.
+        tensors: files that hold what was trained, by the name of their part ("": names say it).
+    """
+
+    path: Path
+    kind: str
+    record: dict[str, Any]
+    about: dict[str, str] = field(default_factory=dict)
+    tensors: tuple[tuple[str, Path], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {"path": str(self.path), "kind": self.kind, **self.record, "about": self.about}
+
+
+def read_provenance(path: Path) -> Provenance:
+    """Find out how something was made.
+
+    Args:
+        path: a checkpoint, a run folder (its newest checkpoint), the `model` folder of a run or
+            another diffusers folder, or a `.safetensors` file that was exported.
+
+    Raises:
+        DataError: nothing is there, or it is none of these.
+    """
+    if path.is_file():
+        record, about = _metadata(path)
+        return Provenance(path, "file", record, about, (("", path),))
+    if (path / checkpoint.STATE).is_file():
+        return _of_checkpoint(path)
+    newest = (checkpoints(path / "checkpoints") or checkpoints(path))[-1:]
+    if newest:
+        return _of_checkpoint(newest[0])
+    weights = tuple(sorted(path.rglob("*.safetensors"))) if path.is_dir() else ()
+    if not weights:
+        raise DataError(
+            f"{path} holds no model",
+            "Give a checkpoint, a run folder, a diffusers folder or a .safetensors file.",
+        )
+    return _of_folder(path, weights)
+
+
+def _of_checkpoint(path: Path) -> Provenance:
+    state = read_state(path)
+    record = {key: state[key] for key in RECORD if key in state}
+    return Provenance(path, "checkpoint", record, {}, (("", path / checkpoint.TRAINED),))
+
+
+def _of_folder(path: Path, weights: tuple[Path, ...]) -> Provenance:
+    """A folder of weights: its own metadata, or the run that it lies in."""
+    parts = tuple((file.relative_to(path).parent.as_posix().strip("."), file) for file in weights)
+    for file in weights:
+        record, about = _metadata(file)
+        if record:
+            return Provenance(path, "model folder", record, about, parts)
+    of_run = checkpoints(path.parent / "checkpoints")[-1:]
+    if path.name == "model" and of_run:
+        record = _of_checkpoint(of_run[0]).record
+        return Provenance(path, "model folder", record, {}, parts)
+    return Provenance(path, "model folder", {}, {}, parts)
+
+
+def _metadata(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The record of training in a file's header, and ModelSpec's entries."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "pt") as opened:
+            entries: Mapping[str, str] = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file} is no .safetensors file: {error}") from None
+    record = {}
+    for name, text in entries.items():
+        if name.startswith(_PREFIX):
+            record[name.removeprefix(_PREFIX)] = json.loads(text)
+    about = {n.removeprefix(_SPEC): text for n, text in entries.items() if n.startswith(_SPEC)}
+    return record, about
+
+
+# --- what differs ---------------------------------------------------------------------------------
+
+
+@dataclass
+class PartChange:
+    """How the tensors of one part differ.
+
+    Args:
+        part: such as `unet`.
+        same: tensors that are alike, bit for bit.
+        changed: tensors of one shape with other values.
+        only_a: tensors that B lacks, or has in another shape.
+        only_b: tensors that A lacks, or has in another shape.
+        percent: length of the difference in percent of A's length, over all that both have.
+    """
+
+    part: str
+    same: int = 0
+    changed: int = 0
+    only_a: int = 0
+    only_b: int = 0
+    percent: float = 0.0
+
+
+def difference(a: Provenance, b: Provenance) -> dict[str, Any]:
+    """What two models did differently.
+
+    Returns:
+        `keys`: what differs of recipe, data and versions, key path to [A, B]; `parts`: a
+        `PartChange` each, as a dict.
+    """
+    records = ({key: each.record.get(key) for key in COMPARED} for each in (a, b))
+    keys = checkpoint.changes(*records)
+    return {
+        "a": str(a.path),
+        "b": str(b.path),
+        "keys": {key: list(pair) for key, pair in keys.items()},
+        "parts": [part.__dict__ for part in _parts(a, b)],
+    }
+
+
+def _parts(a: Provenance, b: Provenance) -> list[PartChange]:
+    with torch.no_grad():
+        first, second = _places(a), _places(b)
+        found: dict[str, PartChange] = {}
+        squares: dict[str, list[float]] = {}
+        for name in sorted({*first, *second}):
+            part = found.setdefault(name.split(".")[0], PartChange(name.split(".")[0]))
+            lengths = squares.setdefault(part.part, [0.0, 0.0])
+            one, two = (_read(p, name) if name in p else None for p in (first, second))
+            if one is None or two is None or one.shape != two.shape:
+                part.only_a += one is not None
+                part.only_b += two is not None
+                continue
+            is_same = one.dtype == two.dtype and one.equal(two)
+            part.same += is_same
+            part.changed += not is_same
+            one, two = one.double(), two.double()
+            lengths[0] += float((two - one).square().sum())
+            lengths[1] += float(one.square().sum())
+        for part in found.values():
+            moved, whole = squares[part.part]
+            part.percent = 100 * (moved / whole) ** 0.5 if whole else 0.0
+    return list(found.values())
+
+
+def _places(of: Provenance) -> dict[str, tuple[Path, str]]:
+    """Where each tensor is, by part and name."""
+    return {name: place for name, place in _named(of)}
+
+
+def _named(of: Provenance) -> Iterator[tuple[str, tuple[Path, str]]]:
+    from safetensors import safe_open
+
+    for part, file in of.tensors:
+        with safe_open(str(file), "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no mapping: it cannot be iterated
+                yield f"{part}.{name}" if part else name, (file, name)
+
+
+def _read(places: Mapping[str, tuple[Path, str]], name: str) -> Tensor:
+    from safetensors import safe_open
+
+    file, inside = places[name]
+    with safe_open(str(file), "pt") as opened:
+        return opened.get_tensor(inside)
