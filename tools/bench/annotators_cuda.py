@@ -33,7 +33,7 @@ from sdprep.annotate import Sample
 from sdprep.captioners import blip, vlm
 from sdprep.clip_tokens import VOCABULARY
 from sdprep.detectors import owlv2
-from sdprep.images import open_image
+from sdprep.images import ImageRejected, open_image
 from sdprep.recipe import validate
 from sdprep.taggers import joytag, wd, zero_shot
 from sdprep.taggers._joytag_vit import ViTConfig, shapes
@@ -190,7 +190,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("no CUDA here: only the CPU's side is run, and nothing is compared", file=sys.stderr)
     photos = sorted(PHOTOS.rglob("*.jpg"))
-    samples = [read(photos[at % len(photos)], at) for at in range(max(4, arguments.images))]
+    whole = [photo for photo in photos if opens(photo)]
+    samples = [read(whole[at % len(whole)], at) for at in range(max(4, arguments.images))]
     is_wrong = False
     for name in arguments.only:
         missing = [each for each in CASES[name].needs if importlib.util.find_spec(each) is None]
@@ -202,6 +203,15 @@ def main() -> None:
         print(json.dumps({"annotator": name, **found}), flush=True)
         is_wrong |= found.get("difference", 0.0) > CASES[name].tolerance
     raise SystemExit(int(is_wrong))
+
+
+def opens(path: Path) -> bool:
+    """Whether a photo decodes; one of the demonstration's is broken on purpose."""
+    try:
+        open_image(path.read_bytes())
+    except ImageRejected:
+        return False
+    return True
 
 
 def read(path: Path, number: int) -> Sample:
