@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +34,26 @@ class MicroConditioning:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What a cache holds of a batch, as the loader found it.
+
+    Args:
+        keys: (B) what the cache calls each sample.
+        entries: tensors by name, by position in the batch; the other positions are to be encoded.
+    """
+
+    keys: list[bytes]
+    entries: Mapping[int, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Samples of one forward: all of one bucket size, already cropped, rendered and keyed.
 
     Args:
         ids: (B) sample ids.
         visits: (B) how often each sample has been drawn before.
-        pixels: (B, 3, H, W) float32 in [-1, 1].
+        pixels: (B, 3, H, W) float32 in [-1, 1]; of samples whose latents are stored, nothing.
         prompts: (B) rendered text; the empty string where the caption was dropped.
         micro: (B) sizes of source, crop and bucket.
         noise: (B, C, h, w) float32, keyed per sample and drawn on the CPU.
@@ -49,6 +64,10 @@ class Batch:
             is made of; None: nothing.
         text_draws: (B,) float64 in [0, 1), a keyed number that a family may decide by what an
             empty prompt means; on the CPU. None in evaluation.
+        stored_latents: what the cache has of the latents; None: there is no cache of them.
+        stored_text: what the cache has of the prompts; None: there is no cache of them.
+        latents: (B, C, h, w) float32, scaled and clean, once they are made; None: not yet.
+        conditioning: of the prompts, once it is made; None: `denoising_loss` makes it.
     """
 
     ids: list[str]
@@ -61,12 +80,16 @@ class Batch:
     mask: Tensor | None = None
     input_noise: Tensor | None = None
     text_draws: Tensor | None = None
+    stored_latents: Stored | None = None
+    stored_text: Stored | None = None
+    latents: Tensor | None = None
+    conditioning: Any = None
 
     def __post_init__(self) -> None:
         counts = {
             "ids": len(self.ids),
             "visits": len(self.visits),
-            "pixels": len(self.pixels),
+            "pixels": len(self.pixels) + self._num_stored,
             "prompts": len(self.prompts),
             "micro": len(self.micro),
             "noise": len(self.noise),
@@ -83,6 +106,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def _num_stored(self) -> int:
+        return 0 if self.stored_latents is None else len(self.stored_latents.entries)
 
     @property
     def is_masked_out(self) -> list[bool]:

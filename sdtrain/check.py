@@ -10,6 +10,7 @@ import numpy as np
 
 from sdprep.buckets import fit
 from sdtrain.buckets import Assignment, Slot, micro_batches
+from sdtrain.cache.census import census
 from sdtrain.check_facts import device_bytes, num_in_both, precision_conflicts, sketch
 from sdtrain.dataset import Rows
 from sdtrain.memory import checkpoint_bytes, memory
@@ -54,6 +55,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "length": _length(setup, slots),
         "learning_rate": _learning_rate(setup),
         "evaluation": _evaluation(setup),
+        "cache": census(setup),
         "conflicts": precision_conflicts(setup.recipe.precision.mixed, setup.device),
         "memory": memory(setup),
         "device_bytes": device_bytes(setup.device),

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdtrain.cache import census
+
 WIDTH = 100
 
 
@@ -22,6 +24,7 @@ def check_text(found: Mapping[str, Any], freeze_table: str) -> str:
         ("length", _length(found)),
         ("learning rate", _learning_rate(found["learning_rate"])),
         ("evaluation", _evaluation(found["evaluation"])),
+        ("cache", census.lines(found["cache"])),
         ("memory and disk", _memory(found)),
         ("the first prompts", _prompts(found["prompts"])),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from sdprep.console import run_app
-from sdtrain.commands import draw, files, measure, provenance, train
+from sdtrain.commands import cache, draw, files, measure, provenance, train
 
 app = typer.Typer(
     name="sdtrain",
@@ -32,6 +32,7 @@ _add(
 )
 _add("check", train.check, "sdtrain check recipe.toml")
 _add("inspect", train.inspect, "sdtrain inspect recipe.toml -n 2 --to look/")
+_add("cache", cache.cache, "sdtrain cache recipe.toml && sdtrain cache verify recipe.toml")
 _add(
     "validate",
     measure.validate,

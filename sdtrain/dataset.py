@@ -80,6 +80,10 @@ class Rows(Protocol):
         """
         ...
 
+    def source_digest(self, row: int) -> str:
+        """Digest of the file of one row as it is stored now; decodes nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class TrainingData:

@@ -74,11 +74,26 @@ class Family(Protocol):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w) float32; the VAE's mode."""
 
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's answer, unscaled: two (B, C, h, w) float32."""
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Unscaled latents as the network reads them: float32."""
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents to pixels (B, 3, H, W) float32 in [-1, 1]."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of rendered prompts; gradients flow only into encoders that train."""
+
+    def split_conditioning(self, conditioning: Conditioning) -> list[dict[str, Tensor]]:
+        """The conditioning of each prompt by itself, as named tensors without a batch dimension."""
+
+    def join_conditioning(self, entries: Sequence[Mapping[str, Tensor]]) -> Conditioning:
+        """The conditioning of a batch, of what `split_conditioning` made; floats stay as given."""
+
+    def text_fingerprint(self) -> str:
+        """Digest of all that conditioning depends on: tokenizers, encoders, layers, precision."""
 
     def predict(
         self,

@@ -56,6 +56,7 @@ class HubRows:
         self.repeats = np.ones(len(dataset), np.int64)
         self.sizes_hw = np.zeros((len(dataset), 2), np.int64)
         self.refused: dict[int, str] = {}
+        self._digests: np.ndarray | None = None  # (n, 16) uint8, zeros where not known yet
 
     def __len__(self) -> int:
         return len(self._text)
@@ -104,6 +105,18 @@ class HubRows:
             return open_image(self.source(row), first_frame=True).image
         except ImageRejected as error:
             raise DataError(f"row {row} ({self.ids[row]}) does not decode: {error}") from error
+
+    def source_digest(self, row: int) -> str:
+        """Digest of the file of one row; ids of prepared sets are those of the unstripped files."""
+        if self._caption_column is not None:
+            return self.ids[row].split("#")[0]  # made on opening
+        if self._digests is None:
+            self._digests = np.zeros((len(self), 16), np.uint8)
+        if not self._digests[row].any():
+            source = self.source(row)
+            data = source if isinstance(source, bytes) else _bytes_of(source)
+            self._digests[row] = np.frombuffer(bytes.fromhex(_digest(data)), np.uint8)
+        return self._digests[row].tobytes().hex()
 
     def source(self, row: int) -> bytes | Path:
         """The file of one row as it is stored."""

@@ -71,6 +71,12 @@ class JoinedRows:
             return self._first.image(row)
         return self._second.image(row - self._count)
 
+    def source_digest(self, row: int) -> str:
+        """Digest of the file of one row as it is stored now."""
+        if row < self._count:
+            return self._first.source_digest(row)
+        return self._second.source_digest(row - self._count)
+
     def _ask(self, rows: Sequence[int], of: Callable[[Rows, Sequence[int]], list[T]]) -> list[T]:
         """Ask each split for its own rows; answers come in the order of `rows`."""
         in_first = [int(row) for row in rows if row < self._count]

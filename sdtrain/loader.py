@@ -20,9 +20,10 @@ from sdtrain.batch import Batch, MicroConditioning
 from sdtrain.buckets import Slot, Step, micro_batches
 from sdtrain.noise import independent_u, stratified_u
 from sdtrain.noise_options import PLAIN, NoiseSection
-from sdtrain.pixels import training_crop, training_view
+from sdtrain.pixels import Crop, CropRule, conditioning_of, crop_view
 
 if TYPE_CHECKING:
+    from sdtrain.cache.reading import StoredReader
     from sdtrain.dataset import Rows
     from sdtrain.family import Family
     from sdtrain.loss_masks import LossMasks
@@ -65,9 +66,10 @@ class BatchReader:
         rows: the training split.
         seed: the run's seed.
         latent_shape: channels, and pixels per latent along a side.
-        flip_prob: probability of a mirrored image.
+        crops: how pictures are cropped and mirrored.
         masks: what of the pictures counts less; None: batches have no mask.
         noise: what the noise has besides itself.
+        stored: the caches, which spare decoding; None: every picture is decoded.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class BatchReader:
         *,
         seed: int,
         latent_shape: tuple[int, int],
-        flip_prob: float,
+        crops: CropRule,
         masks: LossMasks | None = None,
         noise: NoiseSection = PLAIN,
+        stored: StoredReader | None = None,
     ) -> None:
-        self._rows, self._seed, self._flip_prob, self._masks = rows, seed, flip_prob, masks
+        self._rows, self._seed, self._crops, self._masks = rows, seed, crops, masks
+        self._stored = stored
         self._channels, self._scale = latent_shape
         self._noise = noise
 
@@ -96,25 +100,39 @@ class BatchReader:
         Raises:
             DataError: a picture does not decode, or has another size than its masked row; names it.
         """
-        views = [self._view(slot) for slot in slots]
         height, width = slots[0].bucket.size_hw
         shape = (self._channels, height // self._scale, width // self._scale)
+        prompts = [slot.text.prompt for slot in slots]
+        stored_latents = stored_text = None
+        if self._stored is not None:
+            crops = [self._crop(slot) for slot in slots]
+            stored_latents = self._stored.latents_of(self._rows, slots, crops, shape)
+            stored_text = self._stored.text_of(prompts)
+        is_there = stored_latents.entries if stored_latents else {}
+        views = {at: self._view(slot) for at, slot in enumerate(slots) if at not in is_there}
+        micro = [
+            views[at][1] if at in views else self._stored_micro(slot)
+            for at, slot in enumerate(slots)
+        ]
+        pixels = [view for view, _ in views.values()]
         drawn = [self._noise.draw((self._seed, s.sample_id, s.visit), shape) for s in slots]
         more = [extra for _, extra in drawn if extra is not None]
         return Batch(
             ids=[slot.sample_id for slot in slots],
             visits=[slot.visit for slot in slots],
-            pixels=torch.stack([pixels for pixels, _ in views]),
-            prompts=[slot.text.prompt for slot in slots],
-            micro=[micro for _, micro in views],
+            pixels=torch.stack(pixels) if pixels else torch.empty(0, 3, height, width),
+            prompts=prompts,
+            micro=micro,
             noise=torch.stack([noise for noise, _ in drawn]),
             u=torch.tensor(list(u), dtype=torch.float64),
             text_draws=torch.tensor(
                 [uniform(self._seed, "text", s.sample_id, s.visit) for s in slots],
                 dtype=torch.float64,
             ),
-            mask=self._mask(slots, [micro for _, micro in views]),
+            mask=self._mask(slots, micro),
             input_noise=torch.stack(more) if more else None,
+            stored_latents=stored_latents,
+            stored_text=stored_text,
         )
 
     def num_left(self, slots: Sequence[Slot]) -> int:
@@ -127,27 +145,41 @@ class BatchReader:
         if self._masks is None:
             return None
         for slot, seen in zip(slots, micro, strict=True):
-            promised = tuple(self._rows.sizes_hw[slot.row].tolist())
-            if promised != seen.original_size_hw:  # the boxes would lie elsewhere
-                raise DataError(
-                    f"image {slot.sample_id} has height and width {seen.original_size_hw}, its "
-                    f"row says {promised}",
-                    "The data set was changed after publishing; publish it again.",
-                )
+            self._require_promised(slot, seen.original_size_hw)  # else boxes would lie elsewhere
         return torch.stack([self._weights(self._masks, slot) for slot in slots])
 
     def _weights(self, masks: LossMasks, slot: Slot) -> Tensor:
         """(1, h, w) float32, through the very crop that the pixels get."""
-        height, width = (int(side) for side in self._rows.sizes_hw[slot.row])
-        key = (self._seed, slot.sample_id, slot.visit)
-        crop = training_crop((height, width), slot.bucket, key, self._flip_prob)
         grid_hw = slot.bucket.height // self._scale, slot.bucket.width // self._scale
-        return masks.weights(self._rows, slot.row, slot.bucket, crop, grid_hw)
+        return masks.weights(self._rows, slot.row, slot.bucket, self._crop(slot), grid_hw)
 
-    def _view(self, slot: Slot) -> Any:
-        image = self._rows.image(slot.row)
+    def _promised_hw(self, slot: Slot) -> tuple[int, int]:
+        height, width = self._rows.sizes_hw[slot.row].tolist()
+        return height, width
+
+    def _require_promised(self, slot: Slot, found_hw: tuple[int, int]) -> None:
+        promised = self._promised_hw(slot)
+        if promised != found_hw:
+            raise DataError(
+                f"image {slot.sample_id} has height and width {found_hw}, its row says {promised}",
+                "The data set was changed after publishing; publish it again.",
+            )
+
+    def _crop(self, slot: Slot, size_hw: tuple[int, int] | None = None) -> Crop:
+        """The crop of one visit, by the picture's size or, before it is decoded, by its row's."""
         key = (self._seed, slot.sample_id, slot.visit)
-        return training_view(image, slot.bucket, key, self._flip_prob)
+        return self._crops.crop(size_hw or self._promised_hw(slot), slot.bucket, key)
+
+    def _view(self, slot: Slot) -> tuple[Tensor, MicroConditioning]:
+        image = self._rows.image(slot.row)
+        size_hw = image.height, image.width
+        if self._stored is not None:  # the cache was asked for the crop of the promised size
+            self._require_promised(slot, size_hw)
+        return crop_view(image, slot.bucket, self._crop(slot, size_hw))
+
+    def _stored_micro(self, slot: Slot) -> MicroConditioning:
+        """What the model is told of a picture that nobody decodes."""
+        return conditioning_of(self._promised_hw(slot), slot.bucket, self._crop(slot))
 
 
 def plan_micro_batches(

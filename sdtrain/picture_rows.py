@@ -84,6 +84,10 @@ class PictureRows:
         """The picture."""
         return self._pictures[row]
 
+    def source_digest(self, row: int) -> str:
+        """The id: there is no file."""
+        return self.ids[row]
+
 
 class FolderRows:
     """Image files of a folder. See `Rows`.
@@ -149,6 +153,10 @@ class FolderRows:
         """The subfolder of each file; None at the top."""
         parents = [self._files[row].parent.relative_to(self._root).as_posix() for row in rows]
         return [None if parent == "." else parent for parent in parents]
+
+    def source_digest(self, row: int) -> str:
+        """Digest of the file as it was when the folder was opened."""
+        return self.ids[row].split("#")[0]
 
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one file."""

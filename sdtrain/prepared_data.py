@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,19 @@ class PreparedRows:
             raise DataError(
                 f"row {row} ({self.ids[row]}) of {place.file} does not decode: {error}"
             ) from error
+
+    @cached_property
+    def _digests(self) -> np.ndarray:
+        """(n, 16) uint8 digests of files, zeros where not known yet."""
+        return np.zeros((len(self), 16), np.uint8)
+
+    def source_digest(self, row: int) -> str:
+        """Digest of the file of one row; its id is that of the file before it was published."""
+        if not self._digests[row].any():
+            data = read_picture(self._place(row)) or b""
+            found = blake2b(data, digest_size=16).digest()
+            self._digests[row] = np.frombuffer(found, np.uint8)
+        return self._digests[row].tobytes().hex()
 
     @cached_property
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:

@@ -14,12 +14,14 @@ from sdprep import plugins
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section, load_recipe
 from sdtrain.averages import EmaSection
+from sdtrain.cache.section import CacheSection
 from sdtrain.compiling import CompileSection
 from sdtrain.course import StopSection
 from sdtrain.forgetting import ForgettingSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
 from sdtrain.noise_options import NoiseSection
 from sdtrain.phases import PhaseSection
+from sdtrain.pixels import CropRule
 from sdtrain.precision import PrecisionSection
 from sdtrain.prior import PriorSection
 
@@ -64,6 +66,14 @@ class DataSection(Section):
     max_upscale: float = Field(
         1.0, gt=0.0, description="Images that would grow by more than this factor are refused."
     )
+    crop: Literal["random", "centre"] = Field(
+        "random", description="Where training pictures are cropped; evaluation takes the centre."
+    )
+    cached_crops: int | None = Field(
+        None,
+        gt=0,
+        description="Draws of crop and flip per image, repeated in turn; default: no end of them.",
+    )
     flip_prob: Prob = Field(0.0, description="Probability of a mirrored image, training only.")
     workers: int = Field(2, ge=0, le=256, description="Processes that load images; 0: none.")
 
@@ -77,6 +87,20 @@ class DataSection(Section):
         if self.max_aspect is not None and self.max_aspect < self.min_aspect:
             raise ValueError("max_aspect must not be below min_aspect")
         return self
+
+    @model_validator(mode="after")
+    def _cached_crops_do_something(self) -> DataSection:
+        one_crop = self.crop == "centre" and self.flip_prob in (0.0, 1.0)
+        if self.cached_crops is not None and one_crop:
+            raise ValueError(
+                'cached_crops does nothing with crop = "centre", which is one crop per image'
+            )
+        return self
+
+    @property
+    def crops(self) -> CropRule:
+        """How training pictures are cropped and mirrored."""
+        return CropRule(self.flip_prob, self.crop, self.cached_crops)
 
 
 class MaskSection(Section):
@@ -287,6 +311,7 @@ class TrainRecipe(Section):
     ema: EmaSection | None = None
     precision: PrecisionSection = PrecisionSection()
     compile: CompileSection = CompileSection()
+    cache: CacheSection = CacheSection()
     validation: ValidationSection = ValidationSection()
     sampling: SamplingSection = SamplingSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -297,6 +322,16 @@ class TrainRecipe(Section):
         if not value.name:
             raise ValueError("must name a folder of its own, such as runs/first")
         return value
+
+    @model_validator(mode="after")
+    def _latents_can_be_cached(self) -> TrainRecipe:
+        if self.cache.latents and self.data.crops.most_crops is None:
+            raise ValueError(
+                'cache.latents = true, but data.crop = "random" draws a new crop at every visit, '
+                "each to be encoded anew; set data.cached_crops (such as 4), or data.crop = "
+                '"centre"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _schedule_suits_optimizer(self) -> TrainRecipe:

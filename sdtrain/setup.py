@@ -17,6 +17,8 @@ from sdprep.console import talk, warn
 from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain.buckets import Assignment, GlobalOrder, assign, limited, require_enough
+from sdtrain.cache.caches import Caches
+from sdtrain.cache.encoding import Encoder
 from sdtrain.compiling import compile_blocks, require_compiler
 from sdtrain.dataset import TrainingData, open_data, renderer
 from sdtrain.family import Family, Loss
@@ -135,15 +137,26 @@ class Setup:
             timesteps=recipe.train.timesteps,
         )
 
-    def reader(self) -> BatchReader:
-        """What turns those into tensors."""
+    @cached_property
+    def caches(self) -> Caches:
+        """What is kept of latents and text."""
+        return Caches(self)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What makes latents and conditioning of batches; ask once the weights are in place."""
+        return self.caches.encoder()
+
+    def reader(self, *, stored: bool = False) -> BatchReader:
+        """What turns those into tensors; with `stored`, through the caches, for `encoder`."""
         return BatchReader(
             self.rows,
             seed=self.recipe.seed,
             latent_shape=(self.family.latent_channels, self.family.vae_scale_factor),
-            flip_prob=self.recipe.data.flip_prob,
+            crops=self.recipe.data.crops,
             masks=self.recipe.mask.build(),
             noise=self.recipe.noise,
+            stored=self.caches.reader() if stored else None,
         )
 
     def loss(self) -> Loss:
@@ -256,6 +269,8 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     setup.weighting()
     setup.schedule()
     _ = setup.phases
+    if setup.caches.why_no_text:
+        talk.print(f"no text is cached: {setup.caches.why_no_text}", markup=False, soft_wrap=True)
     return setup
 
 

@@ -22,12 +22,14 @@ def denoising_loss(
         family: the model; networks and batch are on one device.
         batch: B samples of one bucket; its mask, if there is one, weighs the latents in the loss.
         loss: (prediction, target, u, logsnr, mask) to (B,).
-        latents: scaled clean latents (B, C, h, w) from a cache, else encoded from the pixels.
-        conditioning: from a cache, else encoded from the prompts.
+        latents: scaled clean latents (B, C, h, w); else the batch's, else encoded from its pixels.
+        conditioning: of the prompts; else the batch's, else encoded from its prompts.
 
     Returns:
         (B,) float32, with gradients into whatever is trainable.
     """
+    latents = batch.latents if latents is None else latents
+    conditioning = batch.conditioning if conditioning is None else conditioning
     if latents is None:
         latents = family.encode_images(batch.pixels)
     device = latents.device

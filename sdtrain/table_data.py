@@ -41,13 +41,15 @@ class TableRows:
 
     Args:
         path: the table; reopened in every process that reads pictures.
-        rows: id, width, height, the columns that prompts are made of, and perhaps `boxes_*.boxes`.
+        rows: id, width, height, image_uri, the columns that prompts are made of, and perhaps
+            `boxes_*.boxes`.
     """
 
     def __init__(self, path: Path, rows: pa.Table) -> None:
         self._path = path
         boxes = [name for name in rows.column_names if name.endswith(BOXES)]
-        self._boxes, self._text = rows.select(boxes), rows.drop_columns(boxes)
+        self._is_linked = np.array(rows["image_uri"].is_valid())
+        self._boxes, self._text = rows.select(boxes), rows.drop_columns([*boxes, "image_uri"])
         self._table: PhotoTable | None = None
         self.ids = Ids(rows["id"].chunks)
         self.repeats = _repeats(rows, self.ids, path)
@@ -80,6 +82,28 @@ class TableRows:
         found = self._boxes.take(list(rows)).to_pylist()
         return [[box for boxes in row.values() for box in boxes or []] for row in found]
 
+    def image(self, row: int) -> Image.Image:
+        """The upright RGB picture of one row."""
+        id_ = self.ids[row]
+        try:
+            return open_image(self._bytes(id_), first_frame=True).image
+        except ImageRejected as error:
+            raise DataError(f"{self._path}: image {id_} does not decode: {error}") from error
+
+    def source_digest(self, row: int) -> str:
+        """The id, which is a digest of the file.
+
+        Raises:
+            DataError: the file is linked, and gone or changed.
+        """
+        if self._is_linked[row]:
+            self._bytes(self.ids[row])  # refuses what changed, as decoding would
+            self._is_linked[row] = False  # once in each process
+        return self.ids[row]
+
+    def _bytes(self, id_: str) -> bytes:
+        return self._opened().image_bytes([id_])[id_]
+
     def sources(self, rows: Sequence[int]) -> list[str | None]:
         """The first source of some rows, named as publishing names it."""
         from sdprep.prepared_rows import source_name
@@ -98,14 +122,6 @@ class TableRows:
             self._table = PhotoTable.open(self._path)
         return self._table
 
-    def image(self, row: int) -> Image.Image:
-        """The upright RGB picture of one row."""
-        table, id_ = self._opened(), self.ids[row]
-        try:
-            return open_image(table.image_bytes([id_])[id_], first_frame=True).image
-        except ImageRejected as error:
-            raise DataError(f"{self._path}: image {id_} does not decode: {error}") from error
-
 
 def open_table(path: Path, *, with_boxes: bool = False) -> Splits:
     """Open the kept rows of a table, by its own split; with the boxes of detectors if asked.
@@ -123,7 +139,7 @@ def open_table(path: Path, *, with_boxes: bool = False) -> Splits:
     ]
     ranks = [f"{score}.score"] if score else []
     boxes = _box_columns(table) if with_boxes else []
-    rows = table.kept(["id", "width", "height", "text", *also, *boxes, *ranks])
+    rows = table.kept(["id", "width", "height", "image_uri", "text", *also, *boxes, *ranks])
     if score:
         rows = rows.rename_columns([*rows.column_names[:-1], "score"])
     notes = [

@@ -6,12 +6,15 @@ and others do. The pooled vector is that of the first chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from sdprep.seeding import digest
 
 CONTENT_TOKENS = 75
 CHUNK_TOKENS = 77
@@ -164,3 +167,36 @@ def group_by_length(hidden: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
     for slot, states in enumerate(hidden):
         slots.setdefault(len(states), []).append(slot)
     return [(group, torch.stack([hidden[slot] for slot in group])) for group in slots.values()]
+
+
+def split_conditioning(conditioning: TextConditioning) -> list[dict[str, Tensor]]:
+    """Each prompt by itself: `hidden` (L, D), and `pooled` (P) where there is one."""
+    hidden: dict[int, Tensor] = {}
+    for slots, states in conditioning.groups:
+        hidden |= dict(zip(slots, states, strict=True))
+    entries = [{"hidden": hidden[slot]} for slot in range(len(hidden))]
+    if conditioning.pooled is not None:
+        for entry, vector in zip(entries, conditioning.pooled, strict=True):
+            entry["pooled"] = vector
+    return entries
+
+
+def join_conditioning(entries: Sequence[Mapping[str, Tensor]]) -> TextConditioning:
+    """What `split_conditioning` was given."""
+    hidden = group_by_length([entry["hidden"] for entry in entries])
+    has_pooled = "pooled" in entries[0]
+    pooled = torch.stack([entry["pooled"] for entry in entries]) if has_pooled else None
+    return TextConditioning(hidden, pooled)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of vocabulary, merges and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        content = json.loads(backend.to_str())
+        # What the last call asked for, not what the tokenizer is.
+        content = {k: v for k, v in content.items() if k not in ("truncation", "padding")}
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return digest("tokenizer", json.dumps(content, sort_keys=True), *special)

@@ -86,6 +86,7 @@ def train(
                 ]
                 for tracker in trackers:
                     stack.callback(tracker.close)
+                stack.callback(setup.encoder.flush)
                 fit(run, trackers, stop)
             page.refresh(folder, is_last=True)
         if run.masked_out:
@@ -193,7 +194,7 @@ def steps(run: Run) -> Iterator[Parts]:
     """The micro-batches of one optimizer step after the other, from the clock on."""
     setup = run.setup
     planned = setup.micro_batches(run.samples_seen)
-    loaded = load(setup.reader(), planned, setup.recipe.data.workers)
+    loaded = load(setup.reader(stored=True), planned, setup.recipe.data.workers)
     for _, parts in groupby(loaded, key=lambda part: part[0].step.samples_seen):
         yield parts
 

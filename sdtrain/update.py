@@ -55,7 +55,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         # Counted before the first backward, from the boxes alone. If none is left all losses are 0.
         num_samples = num_samples or max(1, setup.reader().num_left(micro.step.slots))
         masked += masked_out(setup, batch)
-        batch = batch.to(setup.device)
+        batch = setup.encoder.encoded(batch.to(setup.device))
         losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
         logsnr = setup.family.logsnr(batch.u)
         weights = run.weighting(logsnr.exp(), setup.family.prediction_type)

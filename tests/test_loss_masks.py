@@ -38,7 +38,7 @@ from sdtrain.setup import Setup, open_setup
 from sdtrain.step import denoising_loss
 from sdtrain.trainer import steps, train
 from sdtrain.update import take_step
-from tests.tiny import load_tiny, tiny_batch
+from tests.tiny import as_trained, load_tiny, tiny_batch
 from tests.train_data import SIZES, prepared_row, write_prepared
 
 torch.set_num_threads(1)
@@ -239,8 +239,7 @@ def test_a_step_equals_plain_torch_without_the_sample_that_is_all_box(
             if slot.sample_id == prepared_row(1)["id"]:
                 continue
             with torch.no_grad():
-                latents = setup.family.encode_images(batch.pixels)
-                text = setup.family.encode_prompts(batch.prompts)
+                latents, text = as_trained(setup.family, batch)
             alpha, sigma = setup.family.alpha_sigma(batch.u)
             noisy = alpha * latents + sigma * batch.noise
             d = setup.family.predict(noisy, batch.u, text, batch.micro) - batch.noise

@@ -24,6 +24,7 @@ from sdtrain.step import denoising_loss
 from sdtrain.trackers.jsonl import read_metrics
 from sdtrain.trainer import is_due, steps, train
 from sdtrain.update import DivergedError, take_step
+from tests.tiny import as_trained
 
 torch.set_num_threads(1)
 
@@ -64,8 +65,7 @@ def plain_step(setup: Setup, num_steps: int) -> None:
             for slot, u in zip(part.slots, part.u, strict=True):
                 batch = setup.reader().batch([slot], [u])
                 with torch.no_grad():
-                    latents = setup.family.encode_images(batch.pixels)
-                    text = setup.family.encode_prompts(batch.prompts)
+                    latents, text = as_trained(setup.family, batch)
                 t = int(1000 * u)
                 alpha = alphas[t].float()
                 noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * batch.noise

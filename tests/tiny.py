@@ -10,6 +10,7 @@ import torch
 from sdprep.plugins import config_for
 from sdtrain.batch import Batch, MicroConditioning
 from sdtrain.noise import noise_for, stratified_u
+from sdtrain.text import TextConditioning
 from sdtrain.tiny import write_tiny
 
 SEED = 7
@@ -46,3 +47,20 @@ def tiny_batch(
         noise=torch.stack([noise_for(seed, "noise", name, 0, shape) for name in ids]),
         u=stratified_u(seed, 0, count),
     )
+
+
+@torch.no_grad()
+def as_trained(family: Any, batch: Batch) -> tuple[torch.Tensor, TextConditioning]:
+    """Latents and frozen text of a batch as training sees them: made alone, rounded to float16."""
+    vae = family.parts["vae"]
+    means = [vae.encode(pixels[None]).latent_dist.mode()[0] for pixels in batch.pixels]
+    latents = torch.stack(means).half().float() * vae.config.scaling_factor
+    texts = [family.encode_prompts([prompt]) for prompt in batch.prompts]
+    hidden = [text.groups[0][1][0].half().float() for text in texts]
+    groups: dict[int, list[int]] = {}
+    for slot, states in enumerate(hidden):
+        groups.setdefault(len(states), []).append(slot)
+    joined = [(slots, torch.stack([hidden[slot] for slot in slots])) for slots in groups.values()]
+    if texts[0].pooled is None:
+        return latents, TextConditioning(joined)
+    return latents, TextConditioning(joined, torch.cat([t.pooled for t in texts]).half().float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from sdprep.errors import UserError
 from sdprep.recipe import Section
+from sdprep.seeding import digest
 from sdtrain.batch import MicroConditioning
 from sdtrain.ddpm import DdpmObjective, objective_from_scheduler
 from sdtrain.flow import FlowObjective
 from sdtrain.formats import diffusers as diffusers_folder
 from sdtrain.formats.schedulers import ddpm_scheduler, is_flow
+from sdtrain.freeze_plan import tensor_hash
 from sdtrain.paths import canonical_path, is_adapter
 from sdtrain.text import (
     Convention,
@@ -26,12 +29,19 @@ from sdtrain.text import (
     TextConditioning,
     encode_chunks,
     join_chunks,
+    join_conditioning,
+    split_conditioning,
     tokenize,
+    tokenizer_digest,
 )
 from sdtrain.token_counts import chunk_counter
 
 FULL_SIZE_MULTIPLE_PX = 64
 SMALLEST_FULL_SIZE_PX = 512
+NOT_ABOUT_TEXT = frozenset(
+    ("type", "family", "path", "revision", "config", "prediction_type", "zero_terminal_snr")
+    + ("gradient_checkpointing",)
+)
 AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -173,14 +183,20 @@ class StableDiffusion:
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "no")
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w) float32.
+        """(B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w) float32, the posterior's mode."""
+        return self.scale_latents(self.posterior(pixels)[0])
 
-        Always in float32 (SDXL's VAE overflows in float16) and always the distribution's mode.
-        """
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Always in float32: SDXL's VAE overflows in float16."""
         vae: Any = self.parts["vae"]
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            mode = vae.encode(pixels.float()).latent_dist.mode()
-        return (mode - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
+            found = vae.encode(pixels.float()).latent_dist
+        return found.mode(), found.std
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Less the VAE's shift, times its scale."""
+        config: Any = self.parts["vae"].config
+        return (latents - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents to pixels (B, 3, H, W) float32 in [-1, 1]."""
@@ -232,6 +248,28 @@ class StableDiffusion:
             pooled = torch.stack([vectors[0] for vectors in pooled.split(counts)])
         return joined, pooled
 
+    def split_conditioning(self, conditioning: TextConditioning) -> list[dict[str, Tensor]]:
+        """Hidden states (L, D) of each prompt, and its pooled vector (P) where there is one."""
+        return split_conditioning(conditioning)
+
+    def join_conditioning(self, entries: Sequence[Mapping[str, Tensor]]) -> TextConditioning:
+        """Grouped by length, as `encode_prompts` does."""
+        return join_conditioning(entries)
+
+    def text_fingerprint(self) -> str:
+        """Changes with a weight of an encoder, its tokenizer, how prompts are cut, the precision.
+
+        The weights are those of this moment, so an encoder that was trained has another one.
+        """
+        parts: list[str] = [self.name, self.precision, _text_options(self.options)]
+        tensors = sorted(self.named_parameters(), key=lambda named: named[0])
+        for encoder in self.encoders:
+            network: Any = self.parts[encoder]
+            tokenizer = self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
+            parts += [encoder, tokenizer_digest(tokenizer), _plain(network.config.to_dict())]
+            parts += [tensor_hash(t) for path, t in tensors if path.split(".")[0] == encoder]
+        return digest("text encoders", *parts)
+
     def _predict(
         self,
         noisy_latents: Tensor,
@@ -282,6 +320,18 @@ class StableDiffusion:
             live = [name for name, _ in network.named_parameters() if is_adapter(name)]
             assert not live, f"{part} has an adapter attached: merge it before saving"
         self.folder.save(path)
+
+
+def _text_options(options: TextOptions) -> str:
+    """Every option but those that say nothing about text; one that is new counts."""
+    return _plain({k: v for k, v in options.model_dump().items() if k not in NOT_ABOUT_TEXT})
+
+
+def _plain(config: Mapping[str, Any]) -> str:
+    """A configuration without its notes: where it came from, and which release wrote it."""
+    notes = ("transformers_version", "architectures", "dtype", "torch_dtype")
+    kept = {k: v for k, v in config.items() if k not in notes and not k.startswith("_")}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def only_length(conditioning: TextConditioning) -> Tensor:

@@ -1,0 +1,248 @@
+"""Entries on disk: a Lance table that only grows, so that any number of runs may fill it at once.
+
+A commit appends a block and is atomic: who is killed loses the block in memory and nothing else.
+Two processes that encode the same thing store it twice; the first is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from sdprep.errors import DataError, UserError
+from sdtrain.cache.entries import Entry
+from sdtrain.cache.keys import KEY_BYTES
+
+if TYPE_CHECKING:
+    import lance
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("layout", pa.string(), nullable=False),
+        pa.field("checksum", pa.binary(), nullable=False),
+        pa.field("data", pa.large_binary(), nullable=False),
+    ]
+)
+
+_LOOK_AGAIN_SECONDS = 5.0
+_MANY_FRAGMENTS = 64
+_FRAGMENT_BYTES = 512 * 2**20
+_DELETE_AT_ONCE = 1_000
+
+
+def require_lance() -> None:
+    """Fail now rather than at the first entry.
+
+    Raises:
+        UserError: Lance is not installed.
+    """
+    try:
+        import lance  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "[cache] keeps its entries with Lance, which is not installed: pip install pylance",
+            "Or set cache.latents and cache.text to false.",
+        ) from None
+
+
+class EntryStore:
+    """One cache: `latents.lance` or `text.lance`. May be sent to another process.
+
+    Args:
+        path: the table; it is made by the first entry.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._dataset: lance.LanceDataset | None = None
+        self._fragments: list[tuple[int, int]] = []  # number and rows
+        # Half a key is kept, so that the index of 12 million entries fits into 200 MB.
+        self._halves = np.zeros(0, np.uint64)  # sorted
+        self._order = np.zeros(0, np.int64)  # where each of them is stored
+        self._looked = -_LOOK_AGAIN_SECONDS
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}  # an open table does not travel
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        self.refresh()
+        return len(self._halves)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the table takes on disk."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of some keys have an entry; looks at no data."""
+        self._refresh_now_and_then()
+        places, rows = self._look_up(keys, ["key"])
+        there = zip(places, rows["key"].to_pylist(), strict=True)
+        found = {at for at, key in there if key == keys[at]}
+        return [at in found for at in range(len(keys))]
+
+    def get(self, keys: Sequence[bytes]) -> dict[int, Entry]:
+        """Index to entry of those that are there.
+
+        Raises:
+            DataError: an entry's checksum does not fit.
+        """
+        if len(self._places(keys)) < len(keys):
+            self._refresh_now_and_then()
+        places, rows = self._look_up(keys, SCHEMA.names)
+        found = dict(zip(places, _entries(rows), strict=True))
+        found = {at: entry for at, entry in found.items() if entry.key == keys[at]}
+        for entry in found.values():
+            if not entry.is_sound:
+                raise DataError(
+                    f"{self.path}: the entry of {entry.label} is damaged, its checksum differs",
+                    "See sdtrain cache verify RECIPE; with --repair it drops such entries.",
+                )
+        return found
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Add a block in one commit; others may append at the same time."""
+        import lance
+
+        columns = {name: [getattr(entry, name) for entry in entries] for name in SCHEMA.names}
+        block = pa.table(columns, schema=SCHEMA)
+        if not self._exists():
+            self._create()
+        lance.write_dataset(block, str(self.path), mode="append")
+
+    def _create(self) -> None:
+        """Make an empty table; appending needs no lock, but of two that create, one would win."""
+        import lance
+        from filelock import FileLock
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(self.path.with_suffix(".lock"))):
+            if not self._exists():
+                lance.write_dataset(SCHEMA.empty_table(), str(self.path), mode="create")
+
+    def scan(self, rows_at_once: int = 64) -> Iterator[Entry]:
+        """Every entry, in the order of storage."""
+        self.refresh()
+        if self._dataset is not None:
+            for batch in self._dataset.to_batches(columns=SCHEMA.names, batch_size=rows_at_once):
+                yield from _entries(pa.Table.from_batches([batch]))
+
+    def drop(self, keys: Iterable[bytes]) -> None:
+        """Delete entries, so that they are encoded again."""
+        wanted = sorted(set(keys))
+        self.refresh()
+        for start in range(0, len(wanted), _DELETE_AT_ONCE):
+            part = wanted[start : start + _DELETE_AT_ONCE]
+            assert self._dataset is not None, "there is nothing to drop from"
+            names = ", ".join(f"X'{key.hex()}'" for key in part)
+            self._dataset.delete(f"key IN ({names})")
+        self._forget()
+
+    def tidy(self) -> None:
+        """Join many small blocks to few large ones; entries stay as they are."""
+        self.refresh()
+        if self._dataset is None or len(self._fragments) <= _MANY_FRAGMENTS:
+            return
+        row_bytes = max(1, self.num_bytes // max(1, len(self._halves)))
+        self._dataset.optimize.compact_files(
+            target_rows_per_fragment=max(1, _FRAGMENT_BYTES // row_bytes)
+        )
+        self._dataset.cleanup_old_versions(older_than=timedelta(0))
+        self._forget()
+
+    # --- the index ----------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Know the newest version."""
+        if not self._exists():
+            self._forget()
+            return
+        import lance
+
+        self._looked = time.monotonic()
+        dataset = lance.dataset(str(self.path))
+        if self._dataset is not None and dataset.version == self._dataset.version:
+            return
+        _require_ours(dataset, self.path)
+        fragments = dataset.get_fragments()
+        names = [(fragment.fragment_id, fragment.count_rows()) for fragment in fragments]
+        known = len(self._fragments)
+        if names[:known] != self._fragments:  # rows were moved or deleted
+            known, self._halves, self._order = 0, self._halves[:0], self._order[:0]
+        new = fragments[known:]
+        keys = dataset.scanner(columns=["key"], fragments=new).to_table()["key"] if new else []
+        halves = np.fromiter((_half(key.as_py()) for key in keys), np.uint64, len(keys))
+        order = np.concatenate([self._order, np.arange(len(halves)) + len(self._order)])
+        halves = np.concatenate([self._halves, halves])
+        by_key = np.argsort(halves, kind="stable")
+        self._halves, self._order = halves[by_key], order[by_key]
+        self._dataset, self._fragments = dataset, names
+
+    def _forget(self) -> None:
+        self._dataset, self._fragments = None, []
+        self._halves, self._order = self._halves[:0], self._order[:0]
+        self._looked = -_LOOK_AGAIN_SECONDS
+
+    def _exists(self) -> bool:
+        return (self.path / "_versions").is_dir()
+
+    def _refresh_now_and_then(self) -> None:
+        if time.monotonic() - self._looked >= _LOOK_AGAIN_SECONDS:
+            self._looked = time.monotonic()
+            self.refresh()
+
+    def _look_up(self, keys: Sequence[bytes], columns: Sequence[str]) -> tuple[list[int], pa.Table]:
+        """Indices of the keys that seem to be there, and some columns of their rows."""
+        for attempt in (0, 1):
+            places = self._places(keys)
+            if not places:
+                break
+            assert self._dataset is not None, "there is an index"
+            try:
+                rows = self._dataset.take(list(places.values()), columns=list(columns))
+                return list(places), rows
+            except (OSError, ValueError):  # another process may have tidied this version away
+                if attempt:
+                    raise
+                self._forget()
+                self.refresh()
+        return [], SCHEMA.empty_table()
+
+    def _places(self, keys: Sequence[bytes]) -> dict[int, int]:
+        """Index in `keys` to where such an entry is stored, of those that seem to be there."""
+        if not len(self._halves):
+            return {}
+        wanted = np.fromiter((_half(key) for key in keys), np.uint64, len(keys))
+        at = np.searchsorted(self._halves, wanted)
+        at[at == len(self._halves)] = 0
+        is_there = self._halves[at] == wanted
+        return {int(i): int(self._order[at[i]]) for i in np.flatnonzero(is_there)}
+
+
+def _require_ours(dataset: lance.LanceDataset, path: Path) -> None:
+    if dataset.schema.names != SCHEMA.names:
+        raise DataError(
+            f"{path} is no cache of this release: it has columns {', '.join(dataset.schema.names)}",
+            "Name another folder in cache.path, or delete that table.",
+        )
+
+
+def _entries(rows: pa.Table) -> Iterator[Entry]:
+    for row in rows.select(SCHEMA.names).to_pylist():
+        yield Entry(**row)
+
+
+def _half(key: bytes) -> int:
+    return int.from_bytes(key[:8], "big")
