@@ -154,6 +154,7 @@ def _chunks(setup: Setup) -> dict[str, Any]:
     looked_at = min(len(kept), CHUNK_ROWS)
     texts = [next(stream).text for _ in range(looked_at)]
     counts = Counter(text.num_chunks for text in texts)
+    cut = [tokens for text in texts if (tokens := setup.family.num_tokens_cut(text.prompt))]
     return {
         "looked_at": looked_at,
         "of": len(ids),
@@ -161,6 +162,8 @@ def _chunks(setup: Setup) -> dict[str, Any]:
         "percent_by_chunks": {
             str(chunks): round(100 * counts[chunks] / looked_at, 2) for chunks in sorted(counts)
         },
+        "cut": len(cut),
+        "tokens_cut": sum(cut),
         "dropped": sum(text.is_dropped for text in texts),
         "empty": sum(text.prompt == "" for text in texts),
     }

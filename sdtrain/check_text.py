@@ -127,6 +127,7 @@ def _chunks(chunks: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{n}: {rows:,} ({shares[n]:g} %)" for n, rows in by_chunks)
     return [
         f"rows by chunks of 75 tokens, first epoch, {chunks['looked_at']:,} rows: {counts}",
+        f"cut at model.max_chunks: {chunks['cut']:,} prompts lose {chunks['tokens_cut']:,} tokens",
         f"captions dropped: {chunks['dropped']:,}; empty prompts in all: {chunks['empty']:,}",
     ]
 

@@ -137,6 +137,9 @@ class Family(Protocol):
             both, as `predict` is to get them.
         """
 
+    def num_tokens_cut(self, prompt: str) -> int:
+        """How many tokens of a prompt lie beyond `max_chunks` and are not read."""
+
     def num_chunks(self, prompt: str) -> int:
         """How many chunks of tokens a prompt takes, at most `max_chunks`."""
 

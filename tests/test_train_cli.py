@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from sdprep.clip_tokens import VOCABULARY
 from sdprep.errors import UserError
 from sdtrain.cli import app
+from sdtrain.recipe import load_train_recipe
+from sdtrain.setup import open_setup
 
 Recipe = Callable[..., Path]
 
@@ -117,6 +120,25 @@ def test_check_says_everything_and_trains_nothing(train_recipe: Recipe) -> None:
         assert (width, height) in {(96, 96), (80, 112), (112, 80), (90, 100)}
     parameters = found["model"]["parameters"]["unet"]
     assert found["checkpoint_bytes"] == 3 * 4 * parameters
+
+
+def test_check_counts_what_is_cut_off_prompts(train_recipe: Recipe) -> None:
+    """Every fifth caption takes more than one chunk."""
+    from transformers import CLIPTokenizer
+
+    path = train_recipe()
+    whole = answered("check", path)["chunks"]
+    assert (whole["cut"], whole["tokens_cut"]) == (0, 0)
+    found = answered("check", path, "--set", "model.max_chunks=1")["chunks"]
+    tokenizer = CLIPTokenizer.from_pretrained(str(VOCABULARY))
+    setup = open_setup(load_train_recipe(path))
+    prompts = [slot.text.prompt for slot, _ in zip(setup.order.slots(), range(14), strict=False)]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in prompts]
+    beyond = [length - 75 for length in lengths if length > 75]
+    assert len(beyond) > 0
+    assert (found["cut"], found["tokens_cut"]) == (len(beyond), sum(beyond))
+    said = call("check", path, "--set", "model.max_chunks=1").stdout
+    assert f"{found['cut']} prompts lose {found['tokens_cut']:,} tokens" in said
 
 
 def test_check_in_words_and_dry_run_are_the_same(train_recipe: Recipe) -> None:

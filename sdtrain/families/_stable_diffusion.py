@@ -220,6 +220,13 @@ class StableDiffusion:
         """How many chunks a prompt takes."""
         return self._count_chunks(prompt)
 
+    def num_tokens_cut(self, prompt: str) -> int:
+        """Tokens beyond the last chunk that is kept."""
+        if self.num_chunks(prompt) < self.options.max_chunks:
+            return 0
+        tokenizer = self.folder.tokenizers["tokenizer"]
+        return tokenize(tokenizer, prompt, self.options.max_chunks, self.options.split).num_dropped
+
     @cached_property
     def _count_chunks(self) -> Callable[[str], int]:
         tokenizer = self.folder.tokenizers["tokenizer"]
