@@ -268,8 +268,7 @@ def test_without_normalising_masked_pictures_train_more_weakly(
     for micro in setup.micro_batches(run.samples_seen):
         batch = setup.reader().batch(micro.slots, micro.u)
         with torch.no_grad():
-            latents = setup.family.encode_images(batch.pixels)
-            text = setup.family.encode_prompts(batch.prompts)
+            latents, text = as_trained(setup.family, batch)
             alpha, sigma = (s.view(-1, 1, 1, 1) for s in setup.family.alpha_sigma(batch.u))
             noisy = alpha * latents + sigma * batch.noise
             d = setup.family.predict(noisy, batch.u, text, batch.micro) - batch.noise
