@@ -46,7 +46,8 @@ _add("sample", draw.sample, "sdtrain sample runs/first --prompts prompts.txt --t
 _add(
     "grid",
     draw.grid,
-    "sdtrain grid runs/a/checkpoints/16 runs/a/checkpoints/64 --prompts prompts.txt --to grid.png",
+    "sdtrain grid base runs/a/checkpoints/16 runs/a --prompts prompts.txt --seed 1 --seed 2 "
+    "--to grid.png (or: --follow runs/a --to look/)",
 )
 _add("report", draw.report, "sdtrain report runs/first")
 _add(

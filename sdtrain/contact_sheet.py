@@ -12,9 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 MOST_ROWS = 24
 _SMALLEST_CELL_PX, _LARGEST_CELL_PX = 192, 384
 _GAP_PX, _FONT_PX, _MOST_LABEL_LINES = 12, 16, 4
+_LINE_PX = _FONT_PX + 8
 _PAPER, _INK, _DIM, _BLANK = "#ffffff", "#1f2328", "#59636e", "#eceef0"
 
 Cell = Path | Image.Image | None
+Footer = tuple[str, Sequence[tuple[str, dict[int, str]]]]
+"""A heading, and lines of a label with texts by column."""
 
 
 def spread(moments: Sequence[int], most: int = MOST_ROWS) -> list[int]:
@@ -45,7 +48,10 @@ def sheet(pictures: Sequence[Image.Image], labels: Sequence[str], title: str) ->
 
 
 def grid(
-    rows: Sequence[tuple[str, Sequence[Cell]]], columns: Sequence[str], corner: str
+    rows: Sequence[tuple[str, Sequence[Cell]]],
+    columns: Sequence[str],
+    corner: str,
+    footer: Footer | None = None,
 ) -> Image.Image:
     """A table of pictures.
 
@@ -53,12 +59,15 @@ def grid(
         rows: label, and a picture, its path or nothing for each column.
         columns: their labels.
         corner: what the row labels are.
+        footer: numbers below the pictures.
     """
     cell = _cell_px([_opened(cells[0]) for _, cells in rows[-1:] if cells[0] is not None])
     texts = [_wrapped(label, cell) for label in columns]
     widest = max(_width(label) for label in [corner, *(label for label, _ in rows)])
     left_px, head = round(widest) + 2 * _GAP_PX, _label_px(texts) + _GAP_PX
-    size = left_px + len(columns) * (cell + _GAP_PX), head + len(rows) * (cell + _GAP_PX)
+    bottom = head + len(rows) * (cell + _GAP_PX)
+    lines_px = (len(footer[1]) + 1) * _LINE_PX + _GAP_PX if footer else 0
+    size = left_px + len(columns) * (cell + _GAP_PX), bottom + lines_px
     canvas = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(canvas)
     pen.text((_GAP_PX, head - _GAP_PX), corner, _DIM, _font(), anchor="ls")
@@ -70,6 +79,14 @@ def grid(
         pen.text((left_px - _GAP_PX, top + cell / 2), label, _INK, _font(), anchor="rm")
         for at, content in enumerate(cells):
             _paste(canvas, content, (left_px + at * (cell + _GAP_PX), top), cell)
+    if footer:
+        title, lines = footer
+        pen.text((left_px, bottom), _cut(title, size[0] - left_px), _DIM, _font())
+        for row, (label, numbers) in enumerate(lines, 1):
+            top = bottom + row * _LINE_PX
+            pen.text((left_px - _GAP_PX, top), label, _INK, _font(), anchor="ra")
+            for at, text in numbers.items():
+                pen.text((left_px + at * (cell + _GAP_PX), top), text, _INK, _font())
     return canvas
 
 

@@ -30,7 +30,7 @@ from sdtrain.repeats import whole_repeats
 from sdtrain.text_columns import SCHEMA, canonical, digest_sum, total
 
 VERSION = 2
-BATCH_ROWS = 8_192  # larger arrays come from fresh pages each time, which takes twice as long
+BATCH_ROWS = 65_536
 MOST_PARTS = 256
 NEEDED = ("id", "image", "width", "height")
 SOURCE, BOXES = pa.field("source", pa.string()), pa.field("boxes", pa.list_(BOX))

@@ -13,6 +13,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from sdprep import plugins
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section, load_recipe
+from sdtrain import samplers
 from sdtrain.averages import EmaSection
 from sdtrain.cache.section import CacheSection
 from sdtrain.compiling import CompileSection
@@ -232,6 +233,12 @@ class SamplingSection(Section):
     prompts: tuple[str, ...] = Field((), description="One picture each; empty: no pictures.")
     num_inference_steps: int = Field(20, gt=0, description="Steps of the sampler.")
     guidance_scale: float = Field(5.0, ge=0.0, description="Classifier-free guidance.")
+    seeds: int = Field(
+        1, ge=1, le=64, description="Pictures of each prompt; from 2 on their spread is measured."
+    )
+    sampler: samplers.Name | None = Field(
+        None, description="How pictures are drawn; default: as the model came."
+    )
 
 
 class CheckpointSection(Section):

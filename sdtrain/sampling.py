@@ -6,31 +6,28 @@ randomness, no training mode, no gradient.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from sdprep.errors import DataError, UserError
+from sdprep.errors import DataError
 from sdprep.seeding import integer
-from sdtrain import checkpoint, contact_sheet
+from sdtrain import checkpoint, samplers, variety
 from sdtrain.family import Family
 from sdtrain.noise import noise_for
 from sdtrain.pixels import picture_of
+from sdtrain.run_folder import RunFolder
+from sdtrain.sample_files import draw_grid, save_pictures
 from sdtrain.stable_eval import evaluation_mode
+from sdtrain.trackers.jsonl import read_metrics
 
 if TYPE_CHECKING:
     from sdtrain.recipe import TrainRecipe
     from sdtrain.setup import Setup
-
-PROMPTS_FILE = "prompts.json"
-SHEET, GRID = "all.png", "grid.png"
-_SLUG_CHARACTERS = 48
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,14 @@ class Style:
         side_px: side of the square picture.
         num_inference_steps: steps of the sampler.
         guidance_scale: classifier-free guidance; at 1 or below there is none.
+        sampler: one of `samplers.NAMES`; None is the kind that the model came with.
     """
 
     seed: int
     side_px: int
     num_inference_steps: int
     guidance_scale: float
+    sampler: str | None = None
 
     @classmethod
     def of(cls, recipe: TrainRecipe, family: Family) -> Style:
@@ -59,40 +58,74 @@ class Style:
             side_px=max(1, round(wanted / multiple)) * multiple,
             num_inference_steps=recipe.sampling.num_inference_steps,
             guidance_scale=recipe.sampling.guidance_scale,
+            sampler=recipe.sampling.sampler,
         )
 
 
-def draw(setup: Setup, folder: Path, samples_seen: int) -> Path:
+@dataclass(frozen=True)
+class Drawing:
+    """One picture, and the scaled latents (C, h, w) on the CPU that it was decoded from."""
+
+    picture: Image.Image
+    latents: torch.Tensor
+
+
+def draw(setup: Setup, folder: RunFolder, samples_seen: int) -> dict[str, Any] | None:
     """Draw the recipe's prompts with the model as it is now, and renew the grid over time.
+
+    `samples/<samples_seen>/` gets a PNG for each prompt and seed, `all.png` and `prompts.json`.
 
     Args:
         setup: the run.
-        folder: `samples/` of the run.
+        folder: its folder.
         samples_seen: the clock, which names the subfolder.
 
     Returns:
-        the subfolder: one PNG a prompt, `all.png` with all of them, `prompts.json`.
+        a metrics line about the spread between seeds; None with a single seed.
     """
-    prompts = setup.recipe.sampling.prompts
-    pictures = pictures_of(setup.family, prompts, Style.of(setup.recipe, setup.family))
-    place = folder / str(samples_seen)
-    save_pictures(place, prompts, pictures, title=f"{samples_seen:,} samples")
-    draw_grid(folder, samples_seen)
-    return place
+    wanted = setup.recipe.sampling
+    style = Style.of(setup.recipe, setup.family)
+    seeds = [style.seed + k for k in range(wanted.seeds)]
+    drawn = [drawings_of(setup.family, wanted.prompts, replace(style, seed=s)) for s in seeds]
+    by_prompt = list(zip(*drawn, strict=True))  # a prompt's seeds lie side by side
+    save_pictures(
+        folder.samples / str(samples_seen),
+        [prompt for prompt in wanted.prompts for _ in seeds],
+        [each.picture for of_prompt in by_prompt for each in of_prompt],
+        title=f"{samples_seen:,} samples",
+        seeds=seeds * len(wanted.prompts) if len(seeds) > 1 else None,
+    )
+    draw_grid(folder.samples, samples_seen)
+    if len(seeds) < 2:
+        return None
+    spreads = {
+        prompt: variety.latent_spread(of_prompt)
+        for prompt, of_prompt in zip(wanted.prompts, by_prompt, strict=True)
+    }
+    how = {**style.__dict__, "seeds": len(seeds)}
+    return variety.metrics_line(samples_seen, how, spreads, read_metrics(folder.metrics))
 
 
 def pictures_of(family: Family, prompts: Sequence[str], style: Style) -> list[Image.Image]:
-    """One picture a prompt; a prompt's picture does not depend on the others.
+    """One picture a prompt; see `drawings_of`."""
+    return [drawing.picture for drawing in drawings_of(family, prompts, style)]
+
+
+def drawings_of(family: Family, prompts: Sequence[str], style: Style) -> list[Drawing]:
+    """One drawing a prompt; a prompt's picture does not depend on the others.
 
     The text goes through the family's own encoders, so a prompt means here what it means in
     training, the empty one included.
     """
     side = style.side_px // family.vae_scale_factor
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    pictures = []
+    drawings = []
     # Some samplers draw from the ambient generator whatever they are given: put it back.
     with evaluation_mode(family), torch.no_grad(), torch.random.fork_rng(devices):
         pipeline = family.pipeline()
+        pipeline.scheduler = samplers.build(
+            style.sampler, pipeline.scheduler, family.prediction_type
+        )
         device = next(family.parts["vae"].parameters()).device
         for prompt in prompts:
             noise = noise_for(style.seed, "sample", prompt, 0, (family.latent_channels, side, side))
@@ -110,89 +143,14 @@ def pictures_of(family: Family, prompts: Sequence[str], style: Style) -> list[Im
                     output_type="latent",
                 ).images
             # Not through the pipeline: the family decodes outside autocast, in float32.
-            pictures.append(picture_of(family.decode_latents(latents)[0]))
-    return pictures
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def save_pictures(
-    place: Path, prompts: Sequence[str], pictures: Sequence[Image.Image], title: str
-) -> list[str]:
-    """Write pictures, their prompts and one sheet of all; returns the pictures' file names."""
-    place.mkdir(parents=True, exist_ok=True)
-    names = [f"{at:02d}-{slug(prompt)}.png" for at, prompt in enumerate(prompts)]
-    for name, picture in zip(names, pictures, strict=True):
-        picture.save(place / name)
-    sheet = contact_sheet.sheet(list(pictures), [shown(prompt) for prompt in prompts], title)
-    sheet.save(place / SHEET)
-    entries = [{"file": n, "prompt": p} for n, p in zip(names, prompts, strict=True)]
-    text = json.dumps(entries, indent=1, ensure_ascii=False)
-    (place / PROMPTS_FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
-    return names
-
-
-def draw_grid(folder: Path, until: int | None = None) -> Path | None:
-    """Renew `grid.png`: a row for each moment, a column for each prompt.
-
-    Args:
-        folder: `samples/` of a run.
-        until: leave out later moments, which belong to a course that was given up.
-
-    Returns:
-        the picture's path; None if there are no samples yet.
-    """
-    moments = [int(path.parent.name) for path in folder.glob(f"*/{PROMPTS_FILE}")]
-    moments = sorted(each for each in moments if until is None or each <= until)
-    if not moments:
-        return None
-    entries = {each: _entries(folder / str(each)) for each in moments}
-    prompts = list(dict.fromkeys(prompt for each in entries.values() for prompt in each))
-    rows = [
-        (f"{each:,}", [entries[each].get(prompt) for prompt in prompts])
-        for each in contact_sheet.spread(moments)
-    ]
-    path = folder / GRID
-    scratch = path.with_name(f".{GRID}.new")
-    picture = contact_sheet.grid(rows, [shown(prompt) for prompt in prompts], "samples seen")
-    picture.save(scratch, "PNG")
-    scratch.replace(path)
-    return path
-
-
-def _entries(place: Path) -> dict[str, Path]:
-    listed = json.loads((place / PROMPTS_FILE).read_text(encoding="utf-8"))
-    return {entry["prompt"]: place / entry["file"] for entry in listed}
-
-
-def slug(prompt: str) -> str:
-    """A prompt as a part of a file name."""
-    plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:_SLUG_CHARACTERS].strip("-")
-    return plain or ("prompt" if prompt else "empty-prompt")
-
-
-def shown(prompt: str) -> str:
-    """A prompt as people read it."""
-    return prompt or "(empty prompt)"
+            picture = picture_of(family.decode_latents(latents)[0])
+            drawings.append(Drawing(picture, latents[0].detach().float().cpu()))
+    if devices:
+        torch.cuda.empty_cache()  # what decoding took is the training's again
+    return drawings
 
 
 # --- from a checkpoint ---------------------------------------------------------------------------
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line; an empty line is the empty prompt.
-
-    Raises:
-        UserError: the file cannot be read or is empty.
-    """
-    try:
-        prompts = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts {path}: {error}") from None
-    if not prompts:
-        raise UserError(f"{path} is empty", "Write one prompt a line; an empty line is none.")
-    return [prompt.strip() for prompt in prompts]
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -242,6 +200,8 @@ def sample_checkpoint(
     seed: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    sampler: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Draw prompts with a checkpoint; what is not given comes from its recipe.
 
@@ -252,19 +212,22 @@ def sample_checkpoint(
         seed: keys the first noise.
         num_inference_steps: steps of the sampler.
         guidance_scale: classifier-free guidance.
+        sampler: one of `samplers.NAMES`.
+        device: where to draw.
 
     Returns:
         path, samples_seen and the pictures with their prompts.
     """
     found = checkpoint_folder(path)
-    recipe, family, samples_seen = load_checkpoint(found)
-    given = Style.of(recipe, family)
-    style = Style(
-        seed=given.seed if seed is None else seed,
-        side_px=given.side_px,
-        num_inference_steps=num_inference_steps or given.num_inference_steps,
-        guidance_scale=given.guidance_scale if guidance_scale is None else guidance_scale,
-    )
+    recipe, family, samples_seen = load_checkpoint(found, device)
+    given = {
+        "seed": seed,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "sampler": sampler,
+    }
+    known: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    style = replace(Style.of(recipe, family), **known)
     pictures = pictures_of(family, prompts, style)
     names = save_pictures(to, prompts, pictures, title=f"{found} ({samples_seen:,} samples)")
     drawn = [{"file": n, "prompt": p} for n, p in zip(names, prompts, strict=True)]

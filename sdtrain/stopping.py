@@ -11,10 +11,15 @@ from sdprep.console import say
 
 
 class StopRequest:
-    """Becomes true when the user or the system asks the run to end; use it in a `with`."""
+    """Becomes true when the user or the system asks the run to end; use it in a `with`.
 
-    def __init__(self) -> None:
+    Args:
+        what: is done before it ends.
+    """
+
+    def __init__(self, what: str = "finishing the step, then saving") -> None:
         self.is_set = False
+        self._what = what
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -37,4 +42,4 @@ class StopRequest:
         if self.is_set:
             raise KeyboardInterrupt
         self.is_set = True
-        say("asked to stop: finishing the step, then saving (ask again to stop at once)")
+        say(f"asked to stop: {self._what} (ask again to stop at once)")

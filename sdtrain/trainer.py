@@ -172,7 +172,9 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
             is_last = run.is_finished
             if recipe.sampling.prompts and (is_last or is_due(run, sample_every, before)):
                 with run.weights_to_use():
-                    sampling.draw(setup, run.folder.samples, run.samples_seen)
+                    found = sampling.draw(setup, run.folder, run.samples_seen)
+                if found:
+                    log(trackers, found)
             must_save = stop.is_set or is_best or is_last
             if run.step and (must_save or is_due(run, save_every, before)):
                 save(run, trackers)

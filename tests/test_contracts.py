@@ -30,6 +30,7 @@ SHARED_WITH_TRAINER = {
         "prompt_record",
     ),
     *("masks", "hub_access", "card_text"),
+    *("contrastive", "model_files"),  # CLIP and SigLIP: both programs look at pictures with them
 }
 HEAVY = ("torch", "datasets", "lance", "transformers", "diffusers", "matplotlib", "scipy")
 

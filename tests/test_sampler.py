@@ -128,7 +128,7 @@ class UniformLevels:
     """The part of a family that noise levels pass through."""
 
     @staticmethod
-    def density(v: Any, area_px: Any) -> Any:
+    def density(v: Any, tokens: int | None = None) -> Any:
         return v
 
 

@@ -13,19 +13,8 @@ from PIL import Image
 
 from sdprep.errors import DataError, UserError
 from sdtrain import checkpoint, contact_sheet
-from sdtrain.grid import draw_grid
-from sdtrain.sampling import (
-    Style,
-    load_checkpoint,
-    pictures_of,
-    read_prompts,
-    sample_checkpoint,
-    save_pictures,
-    slug,
-)
-from sdtrain.sampling import (
-    draw_grid as draw_time_grid,
-)
+from sdtrain.sample_files import draw_grid, read_prompts, save_pictures, slug
+from sdtrain.sampling import Style, load_checkpoint, pictures_of, sample_checkpoint
 from tests.evaluated import PROMPTS
 from tests.tiny import load_tiny
 
@@ -124,18 +113,6 @@ def test_a_checkpoint_draws_what_the_run_drew(evaluated_run: Path, tmp_path: Pat
         sample_checkpoint(tmp_path, [""], tmp_path / "x")
 
 
-def test_an_xy_grid_has_a_row_a_checkpoint_and_a_column_a_seed(
-    evaluated_run: Path, tmp_path: Path
-) -> None:
-    paths = [evaluated_run / "checkpoints" / "8", evaluated_run]
-    found = draw_grid(paths, ["red car"], tmp_path / "new" / "grid.png", [1, 2])
-    assert found["rows"] == ["run @ 8", "run @ 12"]
-    assert found["columns"] == ["red car (seed 1)", "red car (seed 2)"]
-    assert Image.open(found["path"]).size[0] > 2 * 192
-    with pytest.raises(UserError, match="no picture's name"):
-        draw_grid(paths, [""], tmp_path / "grid")
-
-
 def test_prompts_are_one_a_line_and_an_empty_line_is_the_empty_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffred car\r\n\r\n日本 \n".encode())
@@ -154,7 +131,7 @@ def test_file_names_are_plain_and_labels_whole(tmp_path: Path) -> None:
     assert names[:3] == ["00-empty-prompt.png", "01-a-b-c-d.png", "02-prompt.png"]
     assert all(len(name) < 64 for name in names)
     assert slug("A photo, of a CAT!") == "a-photo-of-a-cat"
-    assert draw_time_grid(tmp_path / "none") is None
+    assert draw_grid(tmp_path / "none") is None
 
 
 def test_the_grid_over_time_leaves_out_what_came_after(tmp_path: Path) -> None:
@@ -163,7 +140,7 @@ def test_the_grid_over_time_leaves_out_what_came_after(tmp_path: Path) -> None:
         save_pictures(tmp_path / str(clock), ["a"], pictures, "title")
     heights = []
     for until in (16, 8):
-        path = draw_time_grid(tmp_path, until)
+        path = draw_grid(tmp_path, until)
         assert path is not None
         heights.append(Image.open(path).height)
     assert heights[0] - heights[1] == 192 + 12

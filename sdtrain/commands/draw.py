@@ -10,6 +10,10 @@ import typer
 from sdprep.console import out, print_json
 from sdtrain.commands.common import Json, Prompts
 
+Device = Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; default: the recipe's.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler; default: the run's.")]
+_SAMPLER = "ddim, ddpm, pndm, euler, euler_a, heun, dpmpp_2m(_karras|_sde) or unipc"
+
 
 def sample(
     checkpoint: Annotated[
@@ -18,16 +22,17 @@ def sample(
     prompts: Prompts,
     to: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     seed: Annotated[int | None, typer.Option(help="Keys the noise; default: the run's.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the sampler; default: the run's.")
-    ] = None,
+    steps: Steps = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Guidance scale; default: the run's.")
     ] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{_SAMPLER}; default: the run's.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Draw prompts with a checkpoint."""
-    from sdtrain.sampling import read_prompts, sample_checkpoint
+    from sdtrain.sample_files import read_prompts
+    from sdtrain.sampling import sample_checkpoint
 
     found = sample_checkpoint(
         checkpoint,
@@ -36,6 +41,8 @@ def sample(
         seed=seed,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        sampler=sampler,
+        device=device,
     )
     if as_json:
         print_json(found)
@@ -44,23 +51,67 @@ def sample(
 
 
 def grid(
-    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT…", help="One row each.")],
     prompts: Prompts,
-    to: Annotated[Path, typer.Option(help="The picture to write.")],
-    seeds: Annotated[
-        list[int] | None, typer.Option("--seed", help="One column per prompt and seed. Repeats.")
+    to: Annotated[Path, typer.Option(help="The picture; with --follow, a folder.")],
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[CHECKPOINT]…",
+            help="One row each: RUN, RUN/checkpoints/N, a diffusers folder, or the word base.",
+        ),
     ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="Repeats; with two or more, variety is measured."),
+    ] = None,
+    guidance: Annotated[
+        list[float] | None, typer.Option(min=0, help="Guidance scale. Repeats.")
+    ] = None,
+    sampler: Annotated[list[str] | None, typer.Option(help=f"{_SAMPLER}. Repeats.")] = None,
+    steps: Steps = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(help="CLIP or SigLIP that variety is measured in; default: VAE latents."),
+    ] = None,
+    page: Annotated[
+        bool, typer.Option(help="Write a page to zoom and compare in beside the picture.")
+    ] = True,
+    follow: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Draw each new checkpoint of a run.")
+    ] = None,
+    every: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds between looks of --follow; default 30.")
+    ] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the same prompts with several checkpoints, side by side."""
-    from sdtrain.grid import draw_grid
-    from sdtrain.sampling import read_prompts
+    """Draw the same prompts with several models, side by side, as a picture and a page."""
+    from sdprep.errors import UserError
+    from sdtrain.grid import Axes, draw_grid
+    from sdtrain.sample_files import read_prompts
 
-    found = draw_grid(checkpoints, read_prompts(prompts), to, seeds or ())
+    if bool(checkpoints) == bool(follow):
+        raise UserError("grid needs either CHECKPOINT… or --follow RUN, and not both")
+    if follow is None and every is not None:
+        raise UserError("--every is for --follow")
+    if follow is not None and not page:
+        raise UserError("--no-page is not for --follow, which always writes its page")
+    axes = Axes(read_prompts(prompts), seeds or (), guidance or (), sampler or (), steps)
+    if follow is None:
+        assert checkpoints is not None
+        found = draw_grid(checkpoints, axes, to, has_page=page, embedding=embedding, device=device)
+    else:
+        from sdtrain.follow import Follower
+        from sdtrain.follow import follow as keep_following
+
+        follower = Follower(follow, axes, to, embedding=embedding, device=device)
+        found = keep_following(follower, every or 30.0)
     if as_json:
         print_json(found)
     else:
-        out.print(found["path"], markup=False)
+        for path in (found["path"], found["page"]):
+            if path:
+                out.print(path, markup=False)
 
 
 def report(
