@@ -11,10 +11,12 @@ from sdprep.console import warn
 from sdprep.errors import DataError
 from sdtrain.matrices import Measured, differences, find, start_of
 from sdtrain.paired import Comparison, compare, holm
-from sdtrain.probe import LossMatrix
+from sdtrain.where import Where, where
+from sdtrain.where import text as where_text
 from sdtrain.wording import percent, sentence, span
 
 ALPHA = 0.05
+VERDICTS = {-1: "better", 0: "cannot tell", 1: "worse"}
 TARGETS_PERCENT = (0.1, 0.5)
 
 
@@ -28,9 +30,11 @@ class Pair:
         a: what the first is called.
         b: what the second is called.
         found: the comparison.
-        bins_percent: change in ten equal bins of the noise level; None where nothing was measured.
+        where: the parts of the difference.
         direction: -1 b is better, 1 worse, 0 cannot tell; corrected for many looks.
         p_value: the same correction of the two-sided p on these images.
+        new_direction: the direction that new images would show, too.
+        new_p_value: likewise.
     """
 
     name: str
@@ -38,9 +42,16 @@ class Pair:
     a: str
     b: str
     found: Comparison
-    bins_percent: list[float | None]
+    where: Where
     direction: int
     p_value: float | None
+    new_direction: int
+    new_p_value: float | None
+
+    @property
+    def bins_percent(self) -> list[float | None]:
+        """Change in ten equal bins of the noise level; None where nothing was measured."""
+        return [each.change_percent for each in self.where.bins]
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -58,13 +69,16 @@ class Pair:
             "ci95_percent": found.ci95_percent,
             "ci95_new_images_percent": found.ci95_new_images_percent,
             "resolves_percent": found.resolves_percent,
+            "resolves_new_images_percent": found.resolves_new_images_percent,
             "p_value": self.p_value,
+            "p_value_new_images": self.new_p_value,
             "images_needed": {str(t): found.images_needed(t) for t in TARGETS_PERCENT},
-            "bins": [
-                {"from": k / 10, "to": (k + 1) / 10, "change_percent": change}
-                for k, change in enumerate(self.bins_percent)
-            ],
-            "verdict": {-1: "better", 0: "cannot tell", 1: "worse"}[self.direction],
+            "bins": [each.to_json() for each in self.where.bins],
+            "tags": [g.to_json() for g in self.where.groups if g.kind == "tag"],
+            "sources": [g.to_json() for g in self.where.groups if g.kind == "source"],
+            "images_most_moved": [each.to_json() for each in self.where.images],
+            "verdict": VERDICTS[self.direction],
+            "verdict_new_images": VERDICTS[self.new_direction],
             "sentence": self.sentence,
         }
 
@@ -127,14 +141,9 @@ def compare_measured(pairs: Sequence[tuple[Measured, Measured]]) -> list[Pair]:
     """Compare matrices pair by pair; p-values are corrected for the number of looks at a set."""
     matrices = [(a.load(), b.load()) for a, b in pairs]
     found = [compare(a.weighted, b.weighted) for a, b in matrices]
-    p_values: dict[int, float] = {}
-    for name in {a.probe.name: None for a, _ in pairs}:
-        group = {
-            at: p
-            for at, (a, _) in enumerate(pairs)
-            if a.probe.name == name and (p := found[at].p_value) is not None
-        }
-        p_values |= dict(zip(group, holm(list(group.values())), strict=True))
+    names = [a.probe.name for a, _ in pairs]
+    here = _corrected(names, [each.p_value for each in found])
+    new = _corrected(names, [each.p_value_new_images for each in found])
     return [
         Pair(
             name=a.probe.name,
@@ -142,21 +151,23 @@ def compare_measured(pairs: Sequence[tuple[Measured, Measured]]) -> list[Pair]:
             a=a.label,
             b=b.label,
             found=found[at],
-            bins_percent=bin_changes(*matrices[at]),
-            direction=found[at].direction if p_values.get(at, 1.0) <= ALPHA else 0,
-            p_value=p_values.get(at),
+            where=where(a.probe, *matrices[at]),
+            direction=found[at].direction if here.get(at, 1.0) <= ALPHA else 0,
+            p_value=here.get(at),
+            new_direction=found[at].direction_new_images if new.get(at, 1.0) <= ALPHA else 0,
+            new_p_value=new.get(at),
         )
         for at, (a, b) in enumerate(pairs)
     ]
 
 
-def bin_changes(a: LossMatrix, b: LossMatrix) -> list[float | None]:
-    """Change of the mean loss in ten equal bins of the noise level, in percent."""
-    changes: list[float | None] = []
-    for before, now in zip(a.bins(), b.bins(), strict=True):
-        known = before is not None and now is not None and before > 0
-        changes.append(100 * (now / before - 1) if known and before and now is not None else None)
-    return changes
+def _corrected(names: Sequence[str], p_values: Sequence[float | None]) -> dict[int, float]:
+    """Index of each comparison to its p-value by Holm, over all looks at the same set."""
+    found: dict[int, float] = {}
+    for name in dict.fromkeys(names):
+        known = {at: p for at, p in enumerate(p_values) if names[at] == name and p is not None}
+        found |= dict(zip(known, holm(list(known.values())), strict=True))
+    return found
 
 
 def text(pairs: Sequence[Pair]) -> str:
@@ -176,6 +187,7 @@ def _pair_text(pair: Pair) -> str:
         f"  95 % these images  {span(found.ci95_percent)}   (this probe resolves {resolves})",
         f"  95 % new images    {span(found.ci95_new_images_percent)}   ({_needed(found)})",
         f"  by noise level     {_bins_text(pair.bins_percent)}",
+        *where_text(pair.where),
         f"  {pair.sentence}",
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdprep.errors import DataError
 from sdtrain.checkpoint import STATE
+from sdtrain.course import followed
 from sdtrain.probe import PROBE_FILE, LossMatrix, Probe
 from sdtrain.trackers.jsonl import read_metrics
 
@@ -55,6 +56,7 @@ def find(path: Path) -> dict[str, Measured]:
     Raises:
         DataError: there is none, or it is not clear which is meant.
     """
+    path = followed(path)
     if path.is_file():
         return _by_set([path])
     if not path.is_dir():

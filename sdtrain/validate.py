@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from sdprep.errors import DataError
 from sdtrain import checkpoint
 from sdtrain.checkpoint import changes
 from sdtrain.compare import Pair, compare_measured, text
+from sdtrain.course import followed
+from sdtrain.foreign import MODEL_INDEX, kind_of, with_adapter
+from sdtrain.formats.single_file import is_single_file
 from sdtrain.matrices import Measured
 from sdtrain.probe_sets import find_probes
 from sdtrain.run import load_trained
@@ -21,7 +24,6 @@ from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet
 
 BASE = "base"
-MODEL_INDEX = "model_index.json"
 MAY_DIFFER = ("model.path", "model.revision", "model.gradient_checkpointing")
 """The fingerprint says whether it is the same model; the rest does not touch a forward."""
 
@@ -31,7 +33,8 @@ def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) ->
 
     Args:
         recipe: a training recipe; its data and base model are used.
-        paths: checkpoints of this recipe's model (`RUN/checkpoints/N`), or diffusers folders.
+        paths: checkpoints of this recipe's model (`RUN/checkpoints/N`), diffusers folders, single
+            files, or LoRAs, which are put on the recipe's model.
         to: folder for `<probe_id>/<checkpoint>.npz`; default: the recipe's output with
             `-validate` behind it, so that a run's own record stays as it is.
 
@@ -41,8 +44,11 @@ def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) ->
     Raises:
         DataError: a checkpoint belongs to another model, or there is nothing to evaluate on.
     """
-    labels = _labels(paths)
-    states = [checked_state(path) for path in paths]
+    paths = [followed(path) for path in paths]
+    labels, kinds = _labels(paths), [kind_of(path) for path in paths]
+    states = [
+        checked_state(p) if k == "checkpoint" else None for p, k in zip(paths, kinds, strict=True)
+    ]
     setup = open_setup(recipe)
     for path, state in zip(paths, states, strict=True):
         if state is not None:
@@ -57,12 +63,12 @@ def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) ->
     for probe_set in probes:
         probe_set.folder = probe_set.probe.save(folder)
     rows = _measure(BASE, probes)
-    for label, path, state in zip(labels, paths, states, strict=True):
-        if state is None:
+    for label, path, kind in zip(labels, paths, kinds, strict=True):
+        if kind == "model":
             rows += _measure(label, _other_model(setup, path, probes))
-        else:
-            with loaded(setup, path):
-                rows += _measure(label, probes)
+            continue
+        with loaded(setup, path) if kind == "checkpoint" else _adapted(setup, path):
+            rows += _measure(label, probes)
     pairs = compare_measured(_with_base(probes, labels))
     return {"path": str(folder), "evaluations": rows, "comparisons": pairs}
 
@@ -113,6 +119,8 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         full = path.resolve()
         name = full.name
+        if full.is_file():
+            name = full.stem
         if full.parent.name == "checkpoints":
             name = f"{full.parent.parent.name}-{full.name}"
         elif name == "model":  # what a run hands over at its end
@@ -170,11 +178,18 @@ def loaded(setup: Setup, path: Path) -> Iterator[None]:
                 places[key].copy_(value)
 
 
+def _adapted(setup: Setup, path: Path) -> AbstractContextManager[None]:
+    """A LoRA of anyone's in the base model, for a while."""
+    return with_adapter(setup.family, {**setup.plan.frozen, **setup.plan.trained()}, path)
+
+
 def _other_model(setup: Setup, path: Path, probes: Sequence[ProbeSet]) -> list[ProbeSet]:
     """The same probes, looking at another model."""
     from sdtrain.probe_sets import vae_hash
 
     model = setup.recipe.model
+    if is_single_file(str(path)) and model.config is None and Path(model.path).is_dir():
+        model = model.model_copy(update={"config": model.path})  # its sizes must be the same
     precision = setup.recipe.precision.mixed
     family = model.build(str(path), precision=precision, device=str(setup.device))
     sets = []

@@ -16,7 +16,9 @@ def validate(
     checkpoints: Annotated[
         list[Path],
         typer.Option(
-            "--checkpoint", help="RUN/checkpoints/SAMPLES, or a diffusers folder. Repeats."
+            "--checkpoint",
+            help="RUN/checkpoints/SAMPLES or best, a diffusers folder, a single file, or a LoRA. "
+            "Repeats.",
         ),
     ],
     to: Annotated[
@@ -47,14 +49,22 @@ def compare(
             "with its own start.",
         ),
     ],
+    to: Annotated[
+        Path | None, typer.Option(help="Forest plot of the differences: .png, .svg or .pdf.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say whether B is better than A on the same probe, and how sure that is."""
     from sdtrain.compare import compare_paths, text
 
     pairs = compare_paths(paths)
+    if to is not None:
+        from sdtrain.forest import draw
+
+        draw(pairs, to)
     if as_json:
-        print_json({"comparisons": [pair.to_json() for pair in pairs]})
+        picture = {} if to is None else {"picture": str(to)}
+        print_json({"comparisons": [pair.to_json() for pair in pairs], **picture})
     else:
         out.print(text(pairs), markup=False)
 
