@@ -48,7 +48,7 @@ def test_dylora_goes_on_in_the_same_bytes_and_ignores_micro_batches(
     assert_same_end(whole.parent / "whole", parts.parent / "parts")
     single = trained(train_recipe(output="single"), *DYLORA, "data.micro_batch_size=1")
     ends = load_file(next((whole.parent / "whole").glob("checkpoints/12/trained.safetensors")))
-    assert 0 < distance(ends, single) < 1e-5
+    assert 0 < distance(ends, single) < 1e-4  # Adam magnifies rounding, on some CPUs to 3e-5
 
 
 def test_only_the_block_of_the_step_moves(train_recipe: Recipe) -> None:

@@ -23,7 +23,18 @@ def schedule(name: str, total: int, **settings: object) -> Schedule:
 
 
 def test_every_schedule_is_tested_here() -> None:
-    assert sorted(configs("schedule")) == sorted([*NAMES, "cyclical", "one_cycle", "restarts"])
+    assert sorted(configs("schedule")) == sorted(
+        [*NAMES, "cyclical", "one_cycle", "ramp", "restarts"]
+    )
+
+
+def test_a_ramp_grows_by_the_same_factor_every_step_between_its_ends() -> None:
+    ramp = schedule("ramp", 300, start_factor=1e-2, end_factor=10.0)
+    assert (ramp(0), ramp(300)) == pytest.approx((1e-2, 10.0))
+    ratios = [ramp(seen + 3) / ramp(seen) for seen in range(0, 300, 3)]
+    assert ratios == pytest.approx([1000 ** (1 / 100)] * 100)
+    with pytest.raises(RecipeError, match="above start_factor"):
+        options(config_for("schedule", "ramp"), ["start_factor=1", "end_factor=0.5"])
 
 
 @given(st.sampled_from(NAMES), st.integers(1, 500), st.integers(1, 500), st.integers(0, 1000))
