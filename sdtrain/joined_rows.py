@@ -39,12 +39,12 @@ class JoinedRows:
         """(n,) sample ids."""
         return Ids.joined(self._first.ids, self._second.ids)
 
-    @property
+    @cached_property
     def sizes_hw(self) -> np.ndarray:
         """(n, 2) upright height and width, px."""
         return np.concatenate([self._first.sizes_hw, self._second.sizes_hw])
 
-    @property
+    @cached_property
     def repeats(self) -> np.ndarray:
         """(n,) how often each row is trained in one epoch."""
         return np.concatenate([self._first.repeats, self._second.repeats])
