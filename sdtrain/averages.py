@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sdprep.recipe import Section
+from sdtrain.engine import laid_out_like
 
 Parameters = Mapping[str, nn.Parameter]
 """Trained parameters by canonical path."""
@@ -49,7 +50,7 @@ class Ema:
     def restart(self, trained: Parameters, saved: Mapping[str, Tensor] | None = None) -> None:
         """Go on from a checkpoint's averages; what it does not know starts at the weights."""
         for path, parameter in trained.items():
-            value = (saved or {}).get(path, parameter)
+            value = laid_out_like((saved or {}).get(path, parameter), parameter)
             device = "cpu" if self.section.device == "cpu" else parameter.device
             self.values[path] = value.detach().to(device, torch.float32, copy=True)
 
@@ -71,7 +72,7 @@ def put(values: Mapping[str, Tensor], trained: Parameters) -> None:
     """Copy values into parameters."""
     with torch.no_grad():
         for path, value in values.items():
-            trained[path].copy_(value)
+            trained[path].copy_(laid_out_like(value, trained[path]))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from sdprep.buckets import fit
 from sdtrain.buckets import Assignment, Slot, micro_batches
@@ -35,14 +36,20 @@ def check(recipe: TrainRecipe) -> dict[str, Any]:
     return describe(setup)
 
 
-def describe(setup: Setup) -> dict[str, Any]:
-    """What a run would do, as JSON holds it."""
+def describe(setup: Setup, num_processes: int = 1) -> dict[str, Any]:
+    """What a run would do, as JSON holds it.
+
+    Args:
+        setup: the run.
+        num_processes: how many would train it together.
+    """
     slots = _first_slots(setup)
     return {
         "recipe": setup.recipe.resolved(),
         "versions": versions(),
         "device": str(setup.device),
         "gpu_without_torch": gpu_without_torch(),
+        "world": _world(setup, num_processes),
         "model": _model(setup),
         "data": _data(setup),
         "buckets": _buckets(setup.data.train, setup.train, setup.recipe.data.run_samples),
@@ -61,6 +68,17 @@ def describe(setup: Setup) -> dict[str, Any]:
         "device_bytes": device_bytes(setup.device),
         "checkpoint_bytes": checkpoint_bytes(setup),
         "prompts": _prompts(setup, slots[:SHOWN_PROMPTS]),
+    }
+
+
+def _world(setup: Setup, num_processes: int) -> dict[str, Any]:
+    batch = setup.recipe.data.batch_size
+    gpus = torch.cuda.device_count() if setup.device.type == "cuda" else 0
+    return {
+        "processes": num_processes,
+        "gpus": gpus,
+        "engine": setup.recipe.distributed.engine,
+        "samples_per_process": [batch // num_processes, -(-batch // num_processes)],
     }
 
 

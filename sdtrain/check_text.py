@@ -67,10 +67,24 @@ def _model(found: Mapping[str, Any]) -> list[str]:
         f"parameters: {parts}",
         f"fingerprint {model['fingerprint']}, on {found['device']}",
     ]
+    lines.append(_world(found["world"]))
     lines += [f"WARNING: {conflict}" for conflict in found["conflicts"]]
     if found["gpu_without_torch"]:
         lines.append("WARNING: there is an NVIDIA GPU that this torch cannot use (CPU build?)")
     return lines
+
+
+def _world(world: Mapping[str, Any]) -> str:
+    count, gpus = world["processes"], world["gpus"]
+    if count == 1:
+        more = f"; --num-processes {gpus} would use all {gpus} GPUs" if gpus > 1 else ""
+        return f"one process{more}"
+    least, most = world["samples_per_process"]
+    share = f"{least}" if least == most else f"{least} or {most}"
+    text = f"{count} processes ({world['engine']}), {share} samples of a step each"
+    if 0 < gpus < count:
+        text += f"; WARNING: PyTorch sees {gpus} GPUs"
+    return text
 
 
 def _data(found: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from torch import Tensor
 
 from sdprep.console import say, warn
 from sdprep.errors import DataError, UserError
+from sdtrain.engine import Engine, laid_out_like
+from sdtrain.world import ALONE
 
+WHOLE_HERE = Engine(ALONE)
 FORMAT_VERSION = 1
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 
@@ -28,7 +31,7 @@ FREE_KEYS = (
     *("output", "model.path", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
     *("precision.device", "ema.device", "ema.hand_over", "validation.stop"),
     *("cache.latents", "cache.text", "cache.path"),
-    "sampling",
+    *("sampling", "distributed"),
 )
 """Recipe keys that may change freely: they do not touch the result. Data set and model are compared
 by their fingerprints, so what was moved is still the same."""
@@ -60,13 +63,16 @@ class Snapshot:
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    take: Callable[[Tensor], Tensor] = WHOLE_HERE.take,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take an optimizer apart into tensors and plain values.
 
     Args:
         optimizer: any of torch's kind.
         names: `id(parameter)` to canonical path.
+        take: brings a tensor to the CPU, whole.
 
     Returns:
         tensors by `<path>/<name>`, on the CPU the optimizer's own, so write them before the next
@@ -79,7 +85,7 @@ def optimizer_state(
         path = names[id(parameter)]
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensor = value.detach().cpu().contiguous()
+                tensor = take(value)
                 if tensor.data_ptr() in places:  # safetensors refuses tensors that share memory
                     tensor = tensor.clone()
                 places.add(tensor.data_ptr())
@@ -114,13 +120,21 @@ def restore_optimizer(
     current, counted = optimizer.state_dict(), getattr(optimizer, "counted_keys", ())
     order = [p for group in optimizer.param_groups for p in group["params"]]
     paths = [names[id(parameter)] for parameter in order]
-    current["state"] = {at: by_path[path] for at, path in enumerate(paths) if path in by_path}
+    current["state"] = {
+        at: {name: _laid_out(value, order[at]) for name, value in by_path[path].items()}
+        for at, path in enumerate(paths)
+        if path in by_path
+    }
     saved_groups = {group.get("name"): group for group in plain["groups"]}
     for group in current["param_groups"]:
         saved = saved_groups.get(group.get("name"), {})
         # Rates and settings come from the recipe; only what the optimizer itself counts is old.
         group.update({k: v for k, v in saved.items() if k not in group or k in counted})
     optimizer.load_state_dict(current)
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    return laid_out_like(value, parameter) if isinstance(value, Tensor) else value
 
 
 # --- writing -------------------------------------------------------------------------------------

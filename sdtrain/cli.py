@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +69,13 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     # transformers warns about torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    run_app(app)
+    try:
+        run_app(app)
+    except SystemExit as end:
+        world = sys.modules.get("sdtrain.world")  # there only if the command trained
+        if world is not None:
+            world.end_process(end.code)
+        raise
 
 
 if __name__ == "__main__":

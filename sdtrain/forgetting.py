@@ -175,16 +175,19 @@ def _drawn(
     model = setup.conditions()["model_fingerprint"]
     prompts = [section.prompts[k % len(section.prompts)] for k in range(section.images)]
     place = folder / DRAWN / digest(NAME, json.dumps(prompts), style, model)
-    if not (place / LISTING).is_file():
+    world = setup.world
+    if not world.on_main((place / LISTING).is_file):
         if samples_seen:
             raise DataError(
                 f"{place} is gone",
                 "Its images were drawn by the model at sample 0; put it back, or start afresh.",
             )
-        pictures = _draw(setup, prompts, style, len(section.prompts))
+        pictures: list[Any] = []
+        if world.is_main or setup.engine.is_sharded:  # a sharded model takes all processes
+            pictures = _draw(setup, prompts, style, len(section.prompts))
         if not is_run:
             return PictureRows(pictures, prompts)
-        _keep(place, pictures, prompts)
+        world.on_main(lambda: _keep(place, pictures, prompts))
     return _read(place)
 
 

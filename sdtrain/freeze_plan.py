@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdprep.errors import UserError
+from sdtrain.engine import whole
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class FreezePlan:
 
 def tensor_hash(tensor: Tensor) -> str:
     """Hex of a 128-bit blake2b over a tensor's dtype, shape and bytes."""
-    data = tensor.detach().to("cpu").contiguous()
+    data = whole(tensor.detach()).to("cpu").contiguous()
     hasher = blake2b(f"{data.dtype} {tuple(data.shape)} ".encode(), digest_size=16)
     hasher.update(data.view(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

@@ -21,6 +21,7 @@ from sdtrain.buckets import Slot, Step, micro_batches
 from sdtrain.noise import independent_u, stratified_u
 from sdtrain.noise_options import PLAIN, NoiseSection
 from sdtrain.pixels import Crop, CropRule, conditioning_of, crop_view
+from sdtrain.world import ALONE, World
 
 if TYPE_CHECKING:
     from sdtrain.cache.reading import StoredReader
@@ -38,12 +39,14 @@ class MicroBatch:
         positions: which of its slots this forward takes.
         u: (len(positions),) their noise levels.
         is_last: nothing more follows in this step.
+        is_padding: it counts nothing, and only keeps this process in step with the others.
     """
 
     step: Step
     positions: tuple[int, ...]
     u: tuple[float, ...]
     is_last: bool
+    is_padding: bool = False
 
     @property
     def slots(self) -> list[Slot]:
@@ -183,20 +186,38 @@ class BatchReader:
 
 
 def plan_micro_batches(
-    steps: Iterable[Step], family: Family, *, seed: int, size: int, timesteps: str = "stratified"
+    steps: Iterable[Step],
+    family: Family,
+    *,
+    seed: int,
+    size: int,
+    timesteps: str = "stratified",
+    world: World = ALONE,
 ) -> Iterator[MicroBatch]:
-    """Cut steps into forwards and give every slot its noise level.
+    """Cut this process's share of each step into forwards and give every slot its noise level.
 
-    The levels are spread over the whole step before it is cut, so they do not depend on `size`.
+    The levels are spread over the whole step before it is cut, so they do not depend on `size`,
+    nor on the number of processes. All processes run equally many forwards: where one has fewer,
+    or no sample at all, it repeats the step's first sample, which then counts nothing.
     """
     draw = stratified_u if timesteps == "stratified" else independent_u
     for step in steps:
         areas = torch.tensor([slot.bucket.width * slot.bucket.height for slot in step.slots])
         levels = family.density(draw(seed, step.samples_seen, len(step.slots)), areas).tolist()
-        groups = micro_batches(step.slots, size)
-        for group in groups:
+        shares = [
+            [[share[at] for at in group] for group in micro_batches(step.slots[_span(share)], size)]
+            for share in (world.share(len(step.slots), rank) for rank in range(world.size))
+        ]
+        groups, most = shares[world.rank], max(map(len, shares))
+        for at in range(most):
+            is_padding = at >= len(groups)
+            group = [0] if is_padding else groups[at]
             u = tuple(levels[position] for position in group)
-            yield MicroBatch(step, tuple(group), u, group is groups[-1])
+            yield MicroBatch(step, tuple(group), u, at == most - 1, is_padding)
+
+
+def _span(share: range) -> slice:
+    return slice(share.start, share.stop)
 
 
 def load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,20 @@ def open_probes(
     begun = {str(line["set"]): str(line["probe_id"]) for line in evaluations}
     sets = []
     for rows, plain in _wanted(setup, folder, samples_seen, is_run=True):
-        probe = _shared(setup, plain) or _begun(folder, plain, begun.get(plain.name), samples_seen)
+        known = partial(_known, setup, folder, plain, begun.get(plain.name), samples_seen)
+        probe = setup.world.on_main(known)
         found = _set(setup, rows, probe or _piloted(setup, rows, plain))
-        found.folder = found.probe.save(folder)
-        found.load_history(
-            int(line["samples_seen"]) for line in evaluations if line["set"] == plain.name
-        )
+        found.folder = setup.world.on_main(partial(found.probe.save, folder))
+        clocks = [line["samples_seen"] for line in evaluations if line["set"] == plain.name]
+        found.history = setup.world.on_main(partial(found.read_history, clocks))
         sets.append(found)
     return sets
+
+
+def _known(
+    setup: Setup, folder: Path, plain: Probe, probe_id: str | None, samples_seen: int
+) -> Probe | None:
+    return _shared(setup, plain) or _begun(folder, plain, probe_id, samples_seen)
 
 
 def find_probes(setup: Setup, folder: Path) -> list[ProbeSet]:
@@ -99,11 +106,11 @@ def _wanted(
 
 def _set(setup: Setup, rows: Rows, probe: Probe) -> ProbeSet:
     micro_batch = setup.recipe.data.micro_batch_size
-    return ProbeSet(setup.family, rows, probe, micro_batch, setup.device)
+    return ProbeSet(setup.family, rows, probe, micro_batch, setup.device, setup.world)
 
 
 def _piloted(setup: Setup, rows: Rows, plain: Probe) -> Probe:
-    return with_pilot(ProbeSet(setup.family, rows, plain, 1, setup.device))
+    return with_pilot(ProbeSet(setup.family, rows, plain, 1, setup.device, setup.world))
 
 
 def _plain(

@@ -18,6 +18,7 @@ from sdtrain.averages import EmaSection
 from sdtrain.cache.section import CacheSection
 from sdtrain.compiling import CompileSection
 from sdtrain.course import StopSection
+from sdtrain.engine import DistributedSection
 from sdtrain.forgetting import ForgettingSection
 from sdtrain.loss_masks import ALL_LABELS, LossMasks
 from sdtrain.noise_options import NoiseSection
@@ -322,6 +323,7 @@ class TrainRecipe(Section):
     validation: ValidationSection = ValidationSection()
     sampling: SamplingSection = SamplingSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    distributed: DistributedSection = DistributedSection()
 
     @field_validator("output", mode="after")
     @classmethod
@@ -364,6 +366,11 @@ class TrainRecipe(Section):
                 raise ValueError(f"optimizer {self.optimizer.type} takes no {feature}: {why}")
         if asked["bf16 parameters"] and self.adapter.type != "full":
             raise ValueError('precision.parameters = "bf16" is for adapter full only')
+        return self
+
+    @model_validator(mode="after")
+    def _engine_suits_the_rest(self) -> TrainRecipe:
+        self.distributed.require_fitting(self)
         return self
 
     @property

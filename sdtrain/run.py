@@ -17,6 +17,7 @@ from sdtrain import checkpoint
 from sdtrain.averages import Ema, is_schedule_free, put, restored, weights_to_use
 from sdtrain.course import Course
 from sdtrain.debias import LossFit
+from sdtrain.engine import laid_out_like
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.phases import PhaseSwitch, resting_left_out
 from sdtrain.precision import Rounding, seen_as_float32
@@ -160,8 +161,8 @@ class Run:
 
     def snapshot(self) -> checkpoint.Snapshot:
         """Everything, as it is now."""
-        tensors, plain = checkpoint.optimizer_state(self.optimizer, self.names)
-        setup = self.setup
+        setup, take = self.setup, self.setup.engine.take
+        tensors, plain = checkpoint.optimizer_state(self.optimizer, self.names, take)
         state = {
             "format_version": checkpoint.FORMAT_VERSION,
             "samples_seen": self.samples_seen,
@@ -183,14 +184,21 @@ class Run:
         }
         more: dict[str, dict[str, torch.Tensor]] = {}
         with self.weights_to_use():
-            trained = cpu_tensors(self.trained, copy=is_schedule_free(self.optimizer))
+            trained = self._taken(self.trained, copy=is_schedule_free(self.optimizer))
         if is_schedule_free(self.optimizer):
-            more["training_point"] = cpu_tensors(self.trained)
+            more["training_point"] = self._taken(self.trained)
         if self.ema is not None:
-            more["ema"] = cpu_tensors(self.ema.values)
+            more["ema"] = self._taken(self.ema.values)
         if self.rounding is not None and self.rounding.left_over:
-            more["kahan"] = cpu_tensors(self.rounding.left_over)
+            more["kahan"] = self._taken(self.rounding.left_over)
         return checkpoint.Snapshot(state, trained, tensors, more)
+
+    def _taken(
+        self, tensors: Mapping[str, torch.Tensor], *, copy: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Tensors as a file takes them; on a CPU they are the same ones unless copied."""
+        found = {path: self.setup.engine.take(tensor) for path, tensor in tensors.items()}
+        return {path: tensor.clone() if copy else tensor for path, tensor in found.items()}
 
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
         """Go on from a checkpoint."""
@@ -220,14 +228,6 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def cpu_tensors(
-    tensors: Mapping[str, torch.Tensor], *, copy: bool = False
-) -> dict[str, torch.Tensor]:
-    """Tensors on the CPU, as a file takes them; on a CPU they are the same ones unless copied."""
-    found = {path: tensor.detach().to("cpu", copy=copy) for path, tensor in tensors.items()}
-    return {path: tensor.contiguous() for path, tensor in found.items()}
-
-
 def load_trained(plan: FreezePlan, saved: Mapping[str, torch.Tensor]) -> None:
     """Put the trained parameters of a checkpoint into a model.
 
@@ -244,7 +244,7 @@ def load_trained(plan: FreezePlan, saved: Mapping[str, torch.Tensor]) -> None:
                 "Use the recipe (model and adapter) that the checkpoint was made with.",
             )
         with torch.no_grad():
-            place.copy_(tensor)
+            place.copy_(laid_out_like(tensor, place))
 
 
 def begin(setup: Setup, folder: RunFolder, *, resume: str, accept: Sequence[str] = ()) -> Run:
@@ -260,17 +260,18 @@ def begin(setup: Setup, folder: RunFolder, *, resume: str, accept: Sequence[str]
     Raises:
         UserError: the checkpoint was made under other conditions; lists them.
     """
-    checkpoint.clear_leftovers(folder.checkpoints)
-    path = _chosen(folder, resume)
+    world = setup.world
+    world.on_main(lambda: checkpoint.clear_leftovers(folder.checkpoints))
+    path = world.on_main(lambda: _chosen(folder, resume))
     run = Run(setup, folder)
     if path is None:
         return run
-    snapshot = checkpoint.read(path)
+    snapshot = world.everywhere(lambda: checkpoint.read(path))
     saved = snapshot.state["conditions"]
     for change in checkpoint.refuse_changes(path, saved, setup.conditions(), accept):
         say(f"accepted change: {change}")
     run.restore(snapshot)
-    checkpoint.set_aside_newer(folder.checkpoints, run.samples_seen)
+    world.on_main(lambda: checkpoint.set_aside_newer(folder.checkpoints, run.samples_seen))
     say(f"resuming from {path}")
     return run
 

@@ -27,7 +27,7 @@ from sdtrain.stable_eval import evaluation_mode
 from sdtrain.trackers.jsonl import read_metrics
 
 if TYPE_CHECKING:
-    from sdtrain.recipe import TrainRecipe
+    from sdtrain.recipe import SamplingSection, TrainRecipe
     from sdtrain.setup import Setup
 
 
@@ -87,14 +87,35 @@ def draw(setup: Setup, folder: RunFolder, samples_seen: int) -> dict[str, Any] |
     wanted = setup.recipe.sampling
     style = Style.of(setup.recipe, setup.family)
     seeds = [style.seed + k for k in range(wanted.seeds)]
-    drawn = [drawings_of(setup.family, wanted.prompts, replace(style, seed=s)) for s in seeds]
+
+    def drawn() -> list[list[Drawing]]:
+        return [drawings_of(setup.family, wanted.prompts, replace(style, seed=s)) for s in seeds]
+
+    # A sharded model draws on all processes together, a whole one on the main one.
+    ready = drawn() if setup.engine.is_sharded else None
+
+    def save() -> dict[str, Any] | None:
+        return _keep(wanted, style, seeds, ready or drawn(), folder, samples_seen)
+
+    return setup.world.on_main(save)
+
+
+def _keep(
+    wanted: SamplingSection,
+    style: Style,
+    seeds: Sequence[int],
+    drawn: Sequence[Sequence[Drawing]],
+    folder: RunFolder,
+    samples_seen: int,
+) -> dict[str, Any] | None:
+    """Write what was drawn, `drawn[seed][prompt]`; the metrics line."""
     by_prompt = list(zip(*drawn, strict=True))  # a prompt's seeds lie side by side
     save_pictures(
         folder.samples / str(samples_seen),
         [prompt for prompt in wanted.prompts for _ in seeds],
         [each.picture for of_prompt in by_prompt for each in of_prompt],
         title=f"{samples_seen:,} samples",
-        seeds=seeds * len(wanted.prompts) if len(seeds) > 1 else None,
+        seeds=list(seeds) * len(wanted.prompts) if len(seeds) > 1 else None,
     )
     draw_grid(folder.samples, samples_seen)
     if len(seeds) < 2:

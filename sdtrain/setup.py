@@ -21,6 +21,7 @@ from sdtrain.cache.caches import Caches
 from sdtrain.cache.encoding import Encoder
 from sdtrain.compiling import compile_blocks, require_compiler
 from sdtrain.dataset import TrainingData, open_data, renderer
+from sdtrain.engine import Engine
 from sdtrain.family import Family, Loss
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
 from sdtrain.freezing import build_plan
@@ -32,6 +33,7 @@ from sdtrain.prior import JoinedRows, Prior, PriorOrder, open_prior
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule, worst_step_ratio
 from sdtrain.weighting import Weighting
+from sdtrain.world import ALONE, World
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Setup:
         validation: the same of the validation split; None if there is none.
         boxes: what the loss masks of the training rows are made of; None if nothing is masked.
         prior: pictures of the class that are trained among the others; None if there are none.
+        engine: how the processes share the work.
     """
 
     recipe: TrainRecipe
@@ -63,6 +66,12 @@ class Setup:
     validation: Assignment | None
     boxes: BoxCensus | None = None
     prior: Prior | None = None
+    engine: Engine = Engine(ALONE)
+
+    @property
+    def world(self) -> World:
+        """The processes that train together."""
+        return self.engine.world
 
     @cached_property
     def order(self) -> GlobalOrder | PriorOrder:
@@ -135,6 +144,7 @@ class Setup:
             seed=recipe.seed,
             size=recipe.data.micro_batch_size,
             timesteps=recipe.train.timesteps,
+            world=self.world,
         )
 
     @cached_property
@@ -226,7 +236,7 @@ class Setup:
         }
 
 
-def open_setup(recipe: TrainRecipe) -> Setup:
+def open_setup(recipe: TrainRecipe, world: World = ALONE) -> Setup:
     """Open everything a recipe names and apply its freezing rules.
 
     Raises:
@@ -235,8 +245,9 @@ def open_setup(recipe: TrainRecipe) -> Setup:
     require = getattr(recipe.optimizer, "require", None)
     if require is not None:
         require()
-    device = pick_device(recipe.precision.device)
+    device = pick_device(recipe.precision.device, world)
     require_compiler(recipe.compile, device)
+    engine = recipe.distributed.build(world)
     masks = recipe.mask.build()
     data = open_data(recipe.data, recipe.prompt, with_boxes=masks is not None)
     for note in data.notes:
@@ -264,10 +275,12 @@ def open_setup(recipe: TrainRecipe) -> Setup:
             recipe.prior, recipe.data, data.validation, lambda rows: assign(rows, buckets, upscale)
         )
     setup = Setup(
-        recipe, device, data, family, adapter, plan, hashes, train, validation, boxes, prior
+        *(recipe, device, data, family, adapter, plan, hashes, train, validation, boxes, prior),
+        engine,
     )
     setup.weighting()
     setup.schedule()
+    setup.plan = engine.prepare(family, plan)
     _ = setup.phases
     if setup.caches.why_no_text:
         talk.print(f"no text is cached: {setup.caches.why_no_text}", markup=False, soft_wrap=True)
@@ -313,12 +326,14 @@ def bucket_sizes(recipe: TrainRecipe, family: Family) -> tuple[Bucket, ...]:
     )
 
 
-def pick_device(asked: str) -> torch.device:
+def pick_device(asked: str, world: World = ALONE) -> torch.device:
     """The device that the recipe asks for, or the best there is; never a silent fallback.
 
     Raises:
-        UserError: it asks for one that torch does not see.
+        UserError: it asks for one that torch does not see, or that several processes would share.
     """
+    if world.size > 1:
+        return world.device(asked)
     if asked == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

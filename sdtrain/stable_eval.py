@@ -30,6 +30,7 @@ from sdtrain.pixels import evaluation_view
 from sdtrain.probe import LossMatrix, Probe
 from sdtrain.resolution import expected_from
 from sdtrain.step import denoising_loss
+from sdtrain.world import ALONE, World
 
 MOST_GROUPS = 8
 """Tags that a validation line names at either end."""
@@ -58,13 +59,20 @@ class ProbeSet:
         probe: what is evaluated.
         micro_batch: samples per forward; changes the speed only.
         device: of the networks.
+        world: the processes that evaluate together; each takes a share of the images.
     """
 
     def __init__(
-        self, family: Family, rows: Rows, probe: Probe, micro_batch: int, device: torch.device
+        self,
+        family: Family,
+        rows: Rows,
+        probe: Probe,
+        micro_batch: int,
+        device: torch.device,
+        world: World = ALONE,
     ) -> None:
         self.family, self.rows, self.probe = family, rows, probe
-        self.micro_batch, self.device = micro_batch, device
+        self.micro_batch, self.device, self.world = micro_batch, device, world
         self.folder: Path | None = None  # where matrices go
         self.history: dict[int, np.ndarray] = {}  # clock to weighted losses of this run
         self._row_of = rows.ids.rows_of(image.id for image in probe.images)
@@ -85,24 +93,41 @@ class ProbeSet:
         loss = self.losses(points, self.micro_batch).reshape(n, m)
         return LossMatrix(loss, u, self.probe.density())
 
-    def load_history(self, clocks: Iterable[int]) -> None:
-        """Read the matrices of earlier evaluations; the verdict looks at all of them."""
+    def read_history(self, clocks: Iterable[int]) -> dict[int, np.ndarray]:
+        """The matrices of earlier evaluations; the verdict looks at all of them."""
         assert self.folder is not None, "open_probes says where matrices go"
+        history: dict[int, np.ndarray] = {}
         for clock in clocks:
             path = self.folder / f"{clock}.npz"
             if path.is_file():
-                self.history[clock] = LossMatrix.load(path).weighted
+                history[clock] = LossMatrix.load(path).weighted
             else:
                 warn(f"{path} is gone: the verdict goes without the evaluation at {clock:,}")
+        return history
 
     def losses(self, points: Sequence[Point], micro_batch: int) -> np.ndarray:
-        """(len(points),) float32 raw losses, in the order of the points."""
-        found = np.zeros(len(points), np.float32)
+        """(len(points),) float32 raw losses, in the order of the points.
+
+        Every process runs equally many forwards; where one has fewer, it repeats one and lets go
+        of the result.
+        """
+        shares = [
+            list(self._groups(points, self.world.share(len(self.probe.images), rank), micro_batch))
+            for rank in range(self.world.size)
+        ]
+        mine, most = shares[self.world.rank], max(map(len, shares))
+        sums_and_counts = torch.zeros(2, len(points))
         with evaluation_mode(self.family), torch.no_grad():
-            for group in self._groups(points, micro_batch):
+            for group in mine + [mine[0] if mine else [0]] * (most - len(mine)):
                 batch, latents = self._batch([points[at] for at in group])
                 losses = denoising_loss(self.family, batch, mse, latents=latents)
-                found[group] = losses.float().cpu().numpy()
+                sums_and_counts[0, group] = losses.float().cpu()
+                sums_and_counts[1, group] = float(bool(mine))
+        if not mine:
+            sums_and_counts.zero_()
+        sums, counts = self.world.add_up(sums_and_counts)
+        assert bool((counts == 1).all()), "every point is measured by one process"
+        found = (sums / counts).numpy()
         if not np.isfinite(found).all():
             bad = points[int(np.flatnonzero(~np.isfinite(found))[0])]
             raise DamagedModelError(
@@ -111,10 +136,12 @@ class ProbeSet:
             )
         return found
 
-    def _groups(self, points: Sequence[Point], size: int) -> Iterator[list[int]]:
-        """Indices of points that can share a forward: one bucket, one number of chunks."""
+    def _groups(self, points: Sequence[Point], images: range, size: int) -> Iterator[list[int]]:
+        """Indices of some images' points that can share a forward: one bucket, one text length."""
         groups: dict[tuple[tuple[int, int], int], list[int]] = {}
         for at, point in enumerate(points):
+            if point.image not in images:
+                continue
             image = self.probe.images[point.image]
             key = (image.bucket_hw, self.family.num_chunks(image.prompt))
             groups.setdefault(key, []).append(at)
@@ -167,16 +194,23 @@ def evaluate(probe_set: ProbeSet, samples_seen: int, variant: str = "") -> dict[
     Raises:
         DataError: the matrix of sample 0 is gone.
     """
-    assert probe_set.folder is not None, "open_probes says where matrices go"
     matrix = probe_set.evaluate()
+    if not variant:
+        probe_set.history[samples_seen] = matrix.weighted
+    return probe_set.world.on_main(lambda: _keep(probe_set, matrix, samples_seen, variant))
+
+
+def _keep(
+    probe_set: ProbeSet, matrix: LossMatrix, samples_seen: int, variant: str
+) -> dict[str, Any]:
+    """Write the matrix; the line of the metrics."""
+    assert probe_set.folder is not None, "open_probes says where matrices go"
     probe, folder = probe_set.probe, probe_set.folder
     place = probe.save(folder.parent / variant) if variant else folder
     matrix.save(place / f"{samples_seen}.npz", [image.id for image in probe.images])
     start = matrix if samples_seen == 0 else LossMatrix.load(folder / "0.npz")
     change = compare(start.weighted, matrix.weighted)
     n, m = probe.shape
-    if not variant:
-        probe_set.history[samples_seen] = matrix.weighted
     return {
         "kind": "validation",
         "samples_seen": samples_seen,

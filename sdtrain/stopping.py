@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, and end; asked twice, end at once."""
+"""Ctrl-C, SIGTERM and Ctrl-Break: finish the step, save, and end; asked twice, end at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            names = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one on Windows: Ctrl-Break
+            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 

@@ -94,6 +94,8 @@ def encode_chunks(encoder: nn.Module, ids: Tensor, layer: int, *, final_norm: bo
     device = next(encoder.parameters()).device
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         output = encoder(ids.to(device, non_blocking=True), output_hidden_states=True)
+        if final_norm and layer == -1:  # the encoder has normalised that one itself
+            return output.last_hidden_state, getattr(output, "text_embeds", None)
         hidden = output.hidden_states[layer]
         if final_norm:
             hidden = _final_norm(encoder)(hidden)

@@ -6,7 +6,6 @@ The clock is `samples_seen`. Order, noise, text, crop and learning rate are pure
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 from sdprep.console import progress, say, talk
 from sdtrain import checkpoint, page, resolution, sampling, stable_eval, wording
 from sdtrain.course import BEST, Course, followed, look_back, point_to_best
+from sdtrain.failures import explained
+from sdtrain.hand_over import hand_over
 from sdtrain.loader import load
 from sdtrain.probe_sets import open_probes
 from sdtrain.recipe import TrainRecipe
@@ -29,6 +30,7 @@ from sdtrain.stopping import StopRequest
 from sdtrain.trackers.jsonl import JsonlTracker, read_metrics
 from sdtrain.trackers.tensorboard import TensorBoardTracker
 from sdtrain.update import Parts, take_step
+from sdtrain.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -56,43 +58,44 @@ def train(
     resume: str = "auto",
     accept: Sequence[str] = (),
     keeps_model: bool = True,
+    world: World = ALONE,
 ) -> Outcome:
     """Train a recipe to its end, or until asked to stop; run again to go on.
 
     Args:
         recipe: what to train.
-        resume: as `--resume` says.
+        resume: where to go on from; see `begin`.
         accept: recipe keys that may differ from the checkpoint's.
         keeps_model: whether the finished model is written; a trial run needs none.
+        world: the processes that train together; each of them calls this.
 
     Raises:
         UserError: anything that the user can mend, before training where it can be known.
     """
     folder = RunFolder(recipe.output)
-    folder.require_ours()
-    setup = open_setup(recipe)
+    world.on_main(folder.require_ours)
+    setup = world.everywhere(lambda: open_setup(recipe, world))
     talk.print(setup.plan.table(), markup=False, soft_wrap=True)
     worst, where = setup.worst_step_ratio
     say(f"from one step to the next the rate changes by ×{worst:.4g} at most, at {where:,} samples")
-    with folder.writing(), StopRequest() as stop:
+    with ExitStack() as stack:
+        world.on_main(lambda: stack.enter_context(folder.writing()))
+        stop = stack.enter_context(StopRequest())
         run = begin(setup, folder, resume=resume, accept=accept)
         if not run.is_finished:
-            folder.describe(recipe, facts(setup))
-            with ExitStack() as stack:
-                resumed_at = run.samples_seen or None
-                trackers: list[Any] = [
-                    JsonlTracker(folder.metrics, resumed_at),
-                    TensorBoardTracker(folder.tensorboard, resumed_at),
-                ]
+            world.on_main(lambda: folder.describe(recipe, facts(setup)))
+            with ExitStack() as open_files, explained(run):
+                trackers: list[Any] = []  # only the main process has any
+                world.on_main(lambda: trackers.extend(open_trackers(run)))
                 for tracker in trackers:
-                    stack.callback(tracker.close)
-                stack.callback(setup.encoder.flush)
+                    open_files.callback(tracker.close)
+                open_files.callback(setup.encoder.flush)
                 fit(run, trackers, stop)
-            page.refresh(folder, is_last=True)
+            world.on_main(lambda: page.refresh(folder, is_last=True))
         if run.masked_out:
             say(f"{run.masked_out:,} samples lay whole inside masked boxes and did not count")
-        if keeps_model and run.is_finished and not folder.model.exists():
-            hand_over(run)
+        if keeps_model:
+            world.on_main(lambda: hand_over(run))
     newest = checkpoint.checkpoints(folder.checkpoints)[-1:]
     best = followed(folder.checkpoints / BEST)
     verdicts = [line for line in read_metrics(folder.metrics) if line["kind"] == "verdict"]
@@ -109,12 +112,22 @@ def train(
     )
 
 
+def open_trackers(run: Run) -> list[Any]:
+    """Where metrics go, cut back to the clock."""
+    resumed_at = run.samples_seen or None
+    return [
+        JsonlTracker(run.folder.metrics, resumed_at),
+        TensorBoardTracker(run.folder.tensorboard, resumed_at),
+    ]
+
+
 def facts(setup: Setup) -> dict[str, Any]:
     """What a run folder's environment.json says besides versions."""
     device = setup.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": f"{device} ({name})",
+        "processes": setup.world.size,
         "data": {**setup.data.provenance, "fingerprint": setup.data.fingerprint},
         "freeze_table": setup.plan.table().splitlines(),
         "freeze_rows": [dict(row.__dict__) for row in setup.plan.rows],
@@ -137,9 +150,10 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
     Args:
         run: fresh or restored; changed in place.
         trackers: each gets every metrics line.
-        stop: becomes true when the user asks to end; the run then saves and returns.
+        stop: becomes true when the user asks to end; the run then saves and returns. One
+            process that is asked stops all of them, after the same step.
     """
-    setup, recipe = run.setup, run.setup.recipe
+    setup, recipe, world = run.setup, run.setup.recipe, run.setup.world
     total = setup.total_samples
     validate_every = setup.every_samples(recipe.validation.every_samples, 40)
     sample_every = recipe.sampling.every_samples or total
@@ -168,19 +182,20 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
                 is_best = run.course.is_best and recipe.checkpoint.best
                 if run.is_finished and probes:
                     conclude(run, run.course, trackers)
-                page.refresh(run.folder)
+                world.on_main(lambda: page.refresh(run.folder))
             is_last = run.is_finished
             if recipe.sampling.prompts and (is_last or is_due(run, sample_every, before)):
                 with run.weights_to_use():
                     found = sampling.draw(setup, run.folder, run.samples_seen)
                 if found:
                     log(trackers, found)
-            must_save = stop.is_set or is_best or is_last
+            is_stopping = world.any(stop.is_set)
+            must_save = is_stopping or is_best or is_last
             if run.step and (must_save or is_due(run, save_every, before)):
                 save(run, trackers)
             if is_last:
                 break
-            if stop.is_set:
+            if is_stopping:
                 say(f"stopped at {run.samples_seen:,} of {total:,} samples; run again to go on")
                 break
 
@@ -228,32 +243,23 @@ def conclude(run: Run, course: Course, trackers: Sequence[Any]) -> None:
 
 def save(run: Run, trackers: Sequence[Any]) -> None:
     """Write a checkpoint; what was logged so far reaches the disk before it."""
+    setup = run.setup
     run.check_what_moved()
-    for tracker in trackers:
-        tracker.sync()
-    wanted = run.setup.recipe.checkpoint
+    wanted = setup.recipe.checkpoint
     verdict = run.course.verdict if run.course and wanted.best else None
     best = verdict.best.samples_seen if verdict and verdict.best else None
-    checkpoint.write(run.folder.checkpoints, run.snapshot(), wanted.keep, best)
-    if verdict:
-        point_to_best(run.folder.checkpoints, verdict)
+    # A sharded model is put together by all processes, a whole one is saved by the main one.
+    snapshot = run.snapshot() if setup.world.is_main or setup.engine.is_sharded else None
 
+    def write() -> None:
+        for tracker in trackers:
+            tracker.sync()
+        assert snapshot is not None, "made above"
+        checkpoint.write(run.folder.checkpoints, snapshot, wanted.keep, best)
+        if verdict:
+            point_to_best(run.folder.checkpoints, verdict)
 
-def hand_over(run: Run) -> None:
-    """Write the finished model where others can read it: a diffusers folder, or adapter files.
-
-    After an early stop that is the best checkpoint, for whose sake the run was stopped.
-    """
-    final = run.folder.model
-    temporary = final.with_name(f".{final.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    best = followed(run.folder.checkpoints / BEST)
-    is_best = run.course is not None and run.course.stop is not None and best.is_dir()
-    with run.weights_of(best) if is_best else run.weights_to_hand_over():
-        run.setup.adapter.save(run.setup.family, temporary)
-    temporary.replace(final)
-    if is_best:
-        say(f"model/ is the best checkpoint, {best}")
+    setup.world.on_main(write)
 
 
 def log(trackers: Sequence[Any], line: dict[str, Any]) -> None:

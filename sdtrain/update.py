@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sdprep.errors import UserError
-from sdtrain import checkpoint
 from sdtrain.batch import Batch
+from sdtrain.buckets import Step
+from sdtrain.engine import whole
+from sdtrain.failures import newest_checkpoint
 from sdtrain.loader import MicroBatch
 from sdtrain.run import Run
 from sdtrain.setup import Setup
@@ -31,7 +33,8 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     """One optimizer step: forwards, backwards, clip, check, update, and the clock.
 
     The loss is the sum over all samples of weight times loss, divided by their number, however
-    they are cut into micro-batches. Samples whose mask leaves nothing of them are in neither.
+    they are cut into micro-batches and shared among processes. Samples whose mask leaves nothing
+    of them are in neither. All processes take the same decisions and get the same line.
 
     Returns:
         the training line for the metrics.
@@ -46,34 +49,29 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         group["lr"] = rates.get(group.get("rule", group["name"]), 0.0)
 
     setup.adapter.begin_step(setup.recipe.seed, run.samples_seen)
-    positions: list[int] = []
-    levels: list[float] = []
-    masked: list[bool] = []
-    pieces: list[tuple[Tensor, Tensor]] = []
+    pieces: list[tuple[MicroBatch, Tensor, Tensor]] = []
     num_samples = 0
     for micro, batch in parts:
         # Counted before the first backward, from the boxes alone. If none is left all losses are 0.
         num_samples = num_samples or max(1, setup.reader().num_left(micro.step.slots))
-        masked += masked_out(setup, batch)
+        masked = torch.tensor(masked_out(setup, batch))
         batch = setup.encoder.encoded(batch.to(setup.device))
         losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
         logsnr = setup.family.logsnr(batch.u)
         weights = run.weighting(logsnr.exp(), setup.family.prediction_type)
-        weights = (weights * torch.tensor([s.weight for s in micro.slots])).to(setup.device)
-        run.scaler.scale((weights * losses).sum() / num_samples).backward()
-        positions += micro.positions
-        levels += logsnr.tolist()
-        pieces.append((losses.detach(), weights))
+        weights = weights * torch.tensor([slot.weight for slot in micro.slots])
+        counted = weights.to(setup.device) * (0.0 if micro.is_padding else 1.0)
+        divisor = num_samples / setup.engine.loss_factor
+        run.scaler.scale((counted * losses).sum() / divisor).backward()
+        pieces.append((micro, losses.detach(), torch.stack([weights, logsnr, masked])))
         if micro.is_last:
             break
     step = micro.step
-    order = torch.tensor(positions).argsort()
-    losses_by_slot = torch.cat([losses for losses, _ in pieces]).cpu()[order].double()
-    weights_by_slot = torch.cat([weights for _, weights in pieces]).cpu()[order].double()
-    levels_by_slot = [levels[at] for at in order.tolist()]
-    left = [slot for slot, at in enumerate(order.tolist()) if not masked[at]]
+    losses_by_slot, weights_by_slot, levels_by_slot, masked_by_slot = _by_slot(run, step, pieces)
+    left = [slot for slot, is_masked in enumerate(masked_by_slot.tolist()) if not is_masked]
     assert num_samples == max(1, len(left)), "masks and their count disagree"
     _check_losses(run, losses_by_slot, [slot.sample_id for slot in step.slots])
+    setup.engine.collect(run.trained.values())
     grad_norm = _update(run, [slot.sample_id for slot in step.slots])
 
     if run.ema is not None:
@@ -89,7 +87,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         "step": run.step,
         "loss": float((weights_by_slot * losses_by_slot)[left].mean()) if left else None,
         "loss_debiased": run.fit.debiased(
-            losses_by_slot[left].tolist(), [levels_by_slot[slot] for slot in left]
+            losses_by_slot[left].tolist(), levels_by_slot[left].tolist()
         ),
         "grad_norm": grad_norm,
         "lr": rates,
@@ -101,6 +99,20 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
 def masked_out(setup: Setup, batch: Batch) -> list[bool]:
     """(B) which samples are left out of the step, because nothing of them counts."""
     return batch.is_masked_out if setup.recipe.mask.normalise else [False] * len(batch)
+
+
+def _by_slot(run: Run, step: Step, pieces: Sequence[tuple[MicroBatch, Tensor, Tensor]]) -> Tensor:
+    """(4, samples of the step) float64: loss, weight, log SNR and masked out, of all processes."""
+    found = torch.zeros(4, len(step.slots), dtype=torch.float64)
+    losses = torch.cat([losses for _, losses, _ in pieces]).cpu()  # waits for the device once
+    start = 0
+    for micro, _, others in pieces:
+        end = start + len(micro.positions)
+        if not micro.is_padding:
+            found[0, list(micro.positions)] = losses[start:end].double()
+            found[1:, list(micro.positions)] = others.double()
+        start = end
+    return run.setup.world.add_up(found)
 
 
 def _found_rates(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
@@ -124,7 +136,7 @@ def _update(run: Run, ids: Sequence[str]) -> float:
     """Clip once over everything, then step; returns the norm of the gradient before clipping."""
     most = run.setup.recipe.optimizer.max_grad_norm or math.inf
     run.scaler.unscale_(run.optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(run.trained.values(), most))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(run.trained.values(), most)))
     if not math.isfinite(norm):
         run.skipped_in_a_row += 1
         if not run.scaler.is_enabled() or run.skipped_in_a_row > MOST_SKIPPED_STEPS:
@@ -141,6 +153,5 @@ def _update(run: Run, ids: Sequence[str]) -> float:
 
 
 def _what_to_try(run: Run) -> str:
-    newest = checkpoint.checkpoints(run.folder.checkpoints)[-1:]
-    where = f" The newest checkpoint is {newest[0]}." if newest else ""
-    return f'Try a lower learning rate, a warm-up, or precision.mixed = "no".{where}'
+    ways = 'Try a lower learning rate, a warm-up, or precision.mixed = "no".'
+    return f"{ways} {newest_checkpoint(run.folder.checkpoints)}"

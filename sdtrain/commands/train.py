@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,10 @@ def run(
     no_model: Annotated[
         bool, typer.Option("--no-model", help="Do not write the finished model beside the run.")
     ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes on this machine, one GPU each."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train; run the same command again to resume."""
@@ -45,15 +50,36 @@ def run(
 
         loaded = final_recipe(loaded, final)
     if dry_run:
-        _check(loaded, as_json)
+        _check(loaded, as_json, num_processes)
         return
-    from sdtrain.trainer import train
+    if num_processes is not None and num_processes > 1:
+        from sdtrain.launch import launch
 
-    outcome = train(loaded, resume=resume, accept=accept_change or (), keeps_model=not no_model)
-    if as_json:
-        print_json(outcome.to_json())
-    elif outcome.is_finished:
-        out.print(f"{outcome.output}: {outcome.samples_seen:,} samples done", markup=False)
+        arguments = ["run", str(recipe), "--resume", resume, *(["--json"] if as_json else [])]
+        arguments += [word for setting in settings or () for word in ("--set", setting)]
+        arguments += [word for key in accept_change or () for word in ("--accept-change", key)]
+        arguments += ["--no-model"] if no_model else []
+        arguments += ["--final", str(final)] if final is not None else []
+        raise typer.Exit(launch(arguments, num_processes))
+    _train(loaded, resume, accept_change or (), keeps_model=not no_model, as_json=as_json)
+
+
+def _train(
+    loaded: Any, resume: str, accept: Sequence[str], *, keeps_model: bool, as_json: bool
+) -> None:
+    from sdtrain.launch import end_with_parent
+    from sdtrain.trainer import train
+    from sdtrain.world import connected
+
+    end_with_parent()
+    with connected() as world:
+        outcome = train(loaded, resume=resume, accept=accept, keeps_model=keeps_model, world=world)
+        if not world.is_main:
+            return
+        if as_json:
+            print_json(outcome.to_json())
+        elif outcome.is_finished:
+            out.print(f"{outcome.output}: {outcome.samples_seen:,} samples done", markup=False)
 
 
 def check(recipe: Recipe, settings: Set = None, as_json: Json = False) -> None:
@@ -63,13 +89,13 @@ def check(recipe: Recipe, settings: Set = None, as_json: Json = False) -> None:
     _check(load_train_recipe(recipe, settings or ()), as_json)
 
 
-def _check(recipe: Any, as_json: bool) -> None:
+def _check(recipe: Any, as_json: bool, num_processes: int | None = None) -> None:
     from sdtrain.check import describe
     from sdtrain.check_text import check_text
     from sdtrain.setup import open_setup
 
     setup = open_setup(recipe)
-    found = describe(setup)
+    found = describe(setup, num_processes or 1)
     if as_json:
         print_json(found)
     else:

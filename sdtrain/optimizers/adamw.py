@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ class Config(Section):
     """AdamW of torch."""
 
     type: Literal["adamw"] = "adamw"
+    works_sharded: ClassVar[bool] = True
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="Decay of the running mean and of the running square."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ class Config(Section):
     """SGD of torch; its rate is about 2e-2."""
 
     type: Literal["sgd"] = "sgd"
+    works_sharded: ClassVar[bool] = True
     momentum: float = Field(0.0, ge=0, lt=1, description="Decay of the running sum of gradients.")
     weight_decay: float = Field(0.0, ge=0, description="Decay per step, times the rate.")
     max_grad_norm: float = Field(

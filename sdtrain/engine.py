@@ -1,0 +1,154 @@
+"""How several processes share one optimizer step; a process alone has nothing to share.
+
+Whatever the engine, a step's gradient is the sum over all its samples divided by their number, as
+if one process had computed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sdprep.errors import UserError
+from sdprep.recipe import Section
+from sdtrain.world import World
+
+if TYPE_CHECKING:
+    from sdtrain.family import Family
+    from sdtrain.freeze_plan import FreezePlan
+
+PIECE_BYTES = 64 * 2**20
+"""Gradients travel in pieces of about this size: few messages, little extra memory."""
+
+
+class DistributedSection(Section):
+    """How several processes train one model; without effect on one process, and on the result."""
+
+    engine: Literal["ddp", "fsdp2", "deepspeed"] = Field(
+        "ddp",
+        description="ddp: every GPU holds the whole model. fsdp2: weights, gradients and optimizer "
+        "state are spread over the GPUs.",
+    )
+
+    def require_fitting(self, recipe: Any) -> None:
+        """Refuse what does not work on a model that is spread over the processes.
+
+        Raises:
+            ValueError: names both keys.
+        """
+        if self.engine != "fsdp2":
+            return
+        optimizer, precision, ema = recipe.optimizer, recipe.precision, recipe.ema
+        refused = {
+            f"optimizer {optimizer.type} (adamw and sgd can)": not getattr(
+                optimizer, "works_sharded", False
+            ),
+            "precision.mixed fp16": precision.mixed == "fp16",
+            "precision.parameters bf16": precision.parameters == "bf16",
+            "ema.device cpu": ema is not None and ema.device == "cpu",
+            "train.phases": bool(recipe.train.phases),
+            "compile.mode blocks": recipe.compile.mode != "off",
+        }
+        for what, is_asked in refused.items():
+            if is_asked:
+                raise ValueError(f"distributed.engine fsdp2 cannot go with {what}; ddp can")
+
+    def build(self, world: World) -> Engine:
+        """The engine of a run.
+
+        Raises:
+            UserError: it cannot run here.
+        """
+        if self.engine == "deepspeed":
+            raise UserError(
+                "distributed.engine = 'deepspeed' cannot be used yet: nobody has run it",
+                "Use fsdp2, which spreads the same things over the GPUs (as ZeRO-3 does), or ddp.",
+            )
+        if self.engine == "fsdp2" and world.size > 1:
+            from sdtrain.sharding import Sharded
+
+            return Sharded(world)
+        return Engine(world)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Every process holds the whole model; gradients are added up before the update.
+
+    Args:
+        world: the processes.
+    """
+
+    world: World
+    is_sharded = False
+
+    @property
+    def loss_factor(self) -> float:
+        """What a loss is multiplied by so that gradients come out as the sum over processes."""
+        return 1.0
+
+    def prepare(self, family: Family, plan: FreezePlan) -> FreezePlan:
+        """Lay the model out over the processes; returns the plan with the parameters it now has."""
+        return plan
+
+    def collect(self, parameters: Iterable[nn.Parameter]) -> None:
+        """After the last backward of a step: make every gradient the sum over all processes.
+
+        A parameter that has a gradient on no process keeps none, as it does on one process.
+        """
+        if self.world.size == 1:
+            return
+        owned = list(parameters)
+        has = self.world.add_up(torch.tensor([float(p.grad is not None) for p in owned]))
+        moving = [p for p, count in zip(owned, has.tolist(), strict=True) if count]
+        for parameter in moving:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for piece in _pieces([p.grad for p in moving if p.grad is not None]):
+            self._add_up(piece)
+
+    def _add_up(self, gradients: Sequence[Tensor]) -> None:
+        flat = self.world.add_up(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A tensor for a checkpoint: whole, on the CPU. Only the main process gets its values."""
+        return tensor.detach().cpu().contiguous()
+
+
+def _pieces(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one type in turn, in an order that is the same everywhere."""
+    piece: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if piece and (size >= PIECE_BYTES or gradient.dtype != piece[0].dtype):
+            yield piece
+            piece, size = [], 0
+        piece.append(gradient)
+        size += gradient.numel() * gradient.element_size()
+    if piece:
+        yield piece
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor as it is, or put together from all processes, which must all ask for it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def laid_out_like(tensor: Tensor, place: Any) -> Tensor:
+    """A whole tensor, cut as `place` is if that is spread over the processes."""
+    is_spread = hasattr(place, "full_tensor")
+    if not is_spread or hasattr(tensor, "full_tensor") or tensor.shape != place.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    device = place.device
+    return distribute_tensor(tensor.to(device), place.device_mesh, place.placements)

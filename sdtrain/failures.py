@@ -1,0 +1,83 @@
+"""What ends a run from outside: memory and disk; said in words, with what to do next."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdprep.errors import UserError
+from sdtrain import checkpoint
+
+if TYPE_CHECKING:
+    from sdtrain.run import Run
+
+FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Turn what the machine lacks into a message that says so.
+
+    Raises:
+        UserError: in place of an out-of-memory error or a full disk; other errors pass.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not _is_out_of_memory(error):
+            raise
+        where = f"{run.setup.device} is out of memory after {run.samples_seen:,} samples"
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{where}: {reason[0]}" if reason else where,
+            f"{_how_to_need_less(run)} {newest_checkpoint(run.folder.checkpoints)}",
+        ) from error
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise UserError(
+            f"the disk of {run.folder.path} is full after {run.samples_seen:,} samples: {error}",
+            f"Free some space. {newest_checkpoint(run.folder.checkpoints)}",
+        ) from error
+
+
+def newest_checkpoint(folder: Path) -> str:
+    """Where a run would go on from, as a sentence."""
+    newest = checkpoint.checkpoints(folder)[-1:]
+    if not newest:
+        return "There is no checkpoint yet: the run would start anew."
+    return f"The newest checkpoint is {newest[0]}; the same command goes on from there."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def _how_to_need_less(run: Run) -> str:
+    """What the recipe still leaves to try, cheapest first."""
+    recipe: Any = run.setup.recipe
+    ways = []
+    if recipe.data.micro_batch_size > 1:
+        ways.append(
+            f"data.micro_batch_size = {recipe.data.micro_batch_size // 2} (it is "
+            f"{recipe.data.micro_batch_size}; the result stays the same)"
+        )
+    if getattr(recipe.model, "gradient_checkpointing", True) is False:
+        ways.append("model.gradient_checkpointing = true")
+    if recipe.precision.mixed == "no":
+        ways.append('precision.mixed = "bf16"')
+    if recipe.adapter.type == "full":
+        ways.append('adapter.type = "lora"')
+    if run.setup.world.size > 1 and not run.setup.engine.is_sharded:
+        ways.append('distributed.engine = "fsdp2"')
+    if not ways:
+        return "Lower data.resolution_px, or use a device with more memory."
+    return f"Try {', or '.join(ways)}."

@@ -1,0 +1,156 @@
+"""What ends a run from outside: memory and disk, each with a message and a checkpoint to go on."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdprep.errors import UserError
+from sdtrain import checkpoint, trainer, update
+from sdtrain.recipe import load_train_recipe
+from sdtrain.trackers.jsonl import JsonlTracker
+from tests import mini_family
+
+torch.set_num_threads(1)
+
+MINI = (
+    *("data.resolution_px=32", "train.samples=16", "checkpoint.every_samples=4"),
+    *("schedule.type=constant", "schedule.warmup_samples=0"),
+)
+
+
+@pytest.fixture
+def train(
+    train_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., trainer.Outcome]:
+    """Trains the mini family for 16 samples, with a checkpoint at each step."""
+    monkeypatch.setattr("sdtrain.setup.open_model", mini_family.open_mini)
+    monkeypatch.setattr("sdtrain.hand_over.open_model", mini_family.open_mini)
+    path = train_recipe()
+    return lambda *more: trainer.train(load_train_recipe(path, [*MINI, *more]))
+
+
+def after(calls: int, error: BaseException, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The original for so many calls, then the error."""
+    left = [calls]
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return original(*arguments, **options)
+
+    return called
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore\nlines"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: tried 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["torch", "cpu", "python"],
+)
+def test_out_of_memory_says_what_to_do_and_where_it_goes_on(
+    train: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        failing = after(0, error, original := update.denoising_loss)
+        begun = tmp_path / "run" / "checkpoints" / "8"
+        patch.setattr(
+            update,
+            "denoising_loss",
+            lambda *each: failing(*each) if begun.is_dir() else original(*each),
+        )
+        with pytest.raises(UserError) as caught:
+            train()
+    assert "cpu is out of memory after 8 samples" in caught.value.message
+    assert "\n" not in caught.value.message
+    assert "data.micro_batch_size = 1 (it is 2; the result stays the same)" in caught.value.hint
+    assert "model.gradient_checkpointing = true" in caught.value.hint
+    newest = tmp_path / "run" / "checkpoints" / "8"
+    assert f"The newest checkpoint is {newest}" in caught.value.hint
+    checkpoint.read(newest)
+    assert train("data.micro_batch_size=1").is_finished
+
+
+def test_out_of_memory_before_the_first_checkpoint(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = after(0, torch.OutOfMemoryError("out of memory"), update.denoising_loss)
+    monkeypatch.setattr(update, "denoising_loss", failing)
+    with pytest.raises(UserError, match="There is no checkpoint yet") as caught:
+        train("data.micro_batch_size=1", "adapter.type=full", "model.gradient_checkpointing=true")
+    assert "micro_batch_size" not in caught.value.hint  # it cannot be smaller
+    assert "gradient_checkpointing" not in caught.value.hint
+
+
+def test_an_error_of_another_kind_keeps_its_traceback(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = after(1, RuntimeError("shapes differ"), update.denoising_loss)
+    monkeypatch.setattr(update, "denoising_loss", failing)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train()
+
+
+def test_a_loss_that_is_no_number_names_the_checkpoint(
+    train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = update.denoising_loss
+
+    def broken(family: Any, batch: Any, loss: Any) -> torch.Tensor:
+        losses = original(family, batch, loss)
+        has_begun = (tmp_path / "run" / "checkpoints" / "8").is_dir()
+        return losses * float("nan") if has_begun else losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "denoising_loss", broken)
+        with pytest.raises(update.DivergedError) as caught:
+            train()
+    assert "after 8 samples" in caught.value.message
+    assert str(tmp_path / "run" / "checkpoints" / "8") in caught.value.hint
+    assert train().is_finished
+
+
+@pytest.mark.parametrize("where", ["metrics", "checkpoint"])
+def test_a_full_disk_leaves_the_last_checkpoint(
+    train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        if where == "metrics":
+            patch.setattr(JsonlTracker, "log", after(2, full, JsonlTracker.log))
+        else:
+            patch.setattr(checkpoint, "_sync_folder", after(4, full, checkpoint._sync_folder))
+        with pytest.raises(UserError, match="No space left on device") as caught:
+            train()
+    assert "space" in caught.value.hint
+    kept = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["4", "8"]
+    checkpoint.read(kept[-1])
+    assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
+    assert train().is_finished
+
+
+def test_an_interrupted_step_is_replayed_whole(
+    train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Asked twice to stop, in the middle of a step: what it had gathered is thrown away."""
+    train("output=" + (tmp_path / "whole").as_posix())
+    with monkeypatch.context() as patch:
+        failing = after(5, KeyboardInterrupt(), update.denoising_loss)
+        patch.setattr(update, "denoising_loss", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    assert train().is_finished
+    ends = [
+        checkpoint.read_trained(tmp_path / name / "checkpoints" / "16") for name in ("whole", "run")
+    ]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
