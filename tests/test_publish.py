@@ -21,7 +21,7 @@ import sdprep.prepared_files
 from sdprep.errors import DataError, RecipeError, UserError
 from sdprep.images import open_image
 from sdprep.prepared_files import ShardWriter
-from sdprep.prepared_rows import _source_name
+from sdprep.prepared_rows import source_name
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.publish import PublishConfig, publish
 from sdprep.recipe import validate
@@ -533,7 +533,7 @@ def test_options_are_checked() -> None:
     ],
 )
 def test_sources_tell_no_private_path(given: str | None, shown: str | None) -> None:
-    assert _source_name([{"source": given}]) == shown
+    assert source_name([{"source": given}]) == shown
 
 
 # --- the split's certificate ----------------------------------------------------------------------
