@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from sdprep.recipe import validate
 from sdtrain.compare import compare_paths
 from sdtrain.lr_find import find_lr, with_rates
 from sdtrain.recipe import TrainRecipe, load_train_recipe
@@ -61,7 +62,7 @@ def measure(data: Path, model: Path, samples: int, scratch: Path) -> dict[str, A
     for name, factor in (("advised", 1.0), ("times 10", 10.0), ("a tenth", 0.1)):
         changed = with_rates(recipe, factor * lr / 3e-3, {"type": "constant"})
         changed["output"] = str(scratch / name)
-        train(TrainRecipe.model_validate(changed))
+        train(validate(changed, TrainRecipe, name))
         runs[name] = scratch / name
     against = {
         name: [pair.to_json() for pair in compare_paths([runs["advised"], path])]
