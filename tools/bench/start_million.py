@@ -112,7 +112,7 @@ device = "cpu"
 def child(folder: Path) -> None:
     """Open, plan and load the first step; print memory, and seconds by clock and processor."""
     from sdtrain.loader import load
-    from sdtrain.probe_sets import _wanted
+    from sdtrain.probe_sets import plain_probe
     from sdtrain.recipe import load_train_recipe
     from sdtrain.setup import open_setup
 
@@ -133,13 +133,15 @@ def child(folder: Path) -> None:
     next(load(setup.reader(), micro, 0))
     mark("first_step")
     mark("total", begin)
-    probes = [probe for _, probe in _wanted(setup)]
-    mark("probes_chosen")
+    rows, kept, policy = setup.data.train, setup.train, setup.data.policy
+    sizes = {"seed": 7, "num_images": 64, "num_levels": 4}
+    probe = plain_probe("train_probe", setup.family, rows, kept, policy, **sizes)
+    mark("probe_chosen")
     import pickle
 
     found["worker_bytes"] = len(pickle.dumps(setup.reader()))
     found["rows"] = order.epoch_samples
-    found["probe_images"] = sum(len(probe.images) for probe in probes)
+    found["probe_images"] = len(probe.images)
     found |= _memory()
     print(json.dumps(found))
 
