@@ -31,7 +31,7 @@ FREE_KEYS = (
     *("output", "model.path", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
     *("precision.device", "ema.device", "ema.hand_over", "validation.stop"),
     *("cache.latents", "cache.text", "cache.path"),
-    *("sampling", "distributed"),
+    *("sampling", "tracking", "distributed"),
 )
 """Recipe keys that may change freely: they do not touch the result. Data set and model are compared
 by their fingerprints, so what was moved is still the same."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from sdprep.console import warn
 from sdprep.errors import DataError
+from sdtrain import page_evidence, page_plan, page_record
 from sdtrain import page_figures as figures
 from sdtrain import page_parts as parts
 from sdtrain.matrices import Measured
@@ -27,6 +28,7 @@ from sdtrain.wording import half, percent, sentence
 PAGE = "report.html"
 REFRESH_SECONDS = 60
 _WIDEST_GRID_PX = 1600
+_REFRESH = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">'
 _TONES = {"learning": "good", "memorising": "warn", "getting worse": "warn", "diverging": "bad"}
 _EXPLAINED = {
     "learning": "The loss on held-out images is lower than at the start.",
@@ -48,13 +50,17 @@ def refresh(folder: RunFolder, *, is_last: bool = False) -> None:
     if not is_last and path.exists() and time.time() - path.stat().st_mtime < REFRESH_SECONDS:
         return
     try:
-        write_page(folder.path)
+        write_page(folder.path, is_running=not is_last)
     except Exception as error:  # hours of training weigh more than a page
         warn(f"the page {path} could not be drawn: {error!r}")
 
 
-def write_page(run: Path) -> Path:
+def write_page(run: Path, *, is_running: bool = False) -> Path:
     """Write `report.html` from what a run folder holds.
+
+    Args:
+        run: the folder.
+        is_running: whether the run goes on writing it; the page then loads itself anew.
 
     Raises:
         DataError: it is no run folder.
@@ -64,12 +70,12 @@ def write_page(run: Path) -> Path:
         raise DataError(f"{run} is no run folder: it has no {folder.recipe.name}")
     path = run / PAGE
     scratch = run / f".{PAGE}.new"
-    scratch.write_text(_page(folder), encoding="utf-8", newline="\n")
+    scratch.write_text(_page(folder, is_running), encoding="utf-8", newline="\n")
     scratch.replace(path)
     return path
 
 
-def _page(folder: RunFolder) -> str:
+def _page(folder: RunFolder, is_running: bool) -> str:
     metrics = read_metrics(folder.metrics)
     training = [line for line in metrics if line["kind"] == "train"]
     sets: dict[str, list[Line]] = {}
@@ -79,20 +85,23 @@ def _page(folder: RunFolder) -> str:
     facts = _facts(folder)
     name = escape(folder.path.resolve().name)
     body = [
-        _header(name, facts, metrics),
+        _header(name, facts, metrics, is_running),
         _verdict(folder, sets),
+        page_evidence.section(metrics),
         _tiles(training, sets, facts),
         _evaluation(sets),
-        _samples(folder),
-        _training(training),
-        _trained(facts),
-        _data(facts),
-        _details(folder, sets, facts),
+        _samples(folder, [line for line in metrics if line["kind"] == "variety"]),
+        _training(training, facts.get("plan", {}).get("lr", {})),
+        page_plan.section(folder, facts, training, sets),
+        page_record.trained(facts),
+        page_record.data_section(facts),
+        page_record.details(folder, sets, facts),
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name} – sdtrain</title><style>{STYLE}</style></head>"
+        f"{_REFRESH if is_running else ''}<title>{name} – sdtrain</title>"
+        f"<style>{STYLE}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 
@@ -103,10 +112,12 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     return dict(json.loads(folder.environment.read_text(encoding="utf-8")))
 
 
-def _header(name: str, facts: Line, metrics: Sequence[Line]) -> str:
+def _header(name: str, facts: Line, metrics: Sequence[Line], is_running: bool) -> str:
     seen = metrics[-1]["samples_seen"] if metrics else 0
     total = facts.get("total_samples") or seen
-    state = "finished" if seen >= total else "in progress, or stopped"
+    is_stopped_early = any(line.get("stopped_early") for line in metrics[-4:])
+    state = "in training" if is_running else "in progress, or stopped"
+    state = "stopped early" if is_stopped_early else "finished" if seen >= total else state
     words = [escape(str(facts[key])) for key in ("model", "adapter") if facts.get(key)]
     words += [f"{seen:,} of {total:,} samples ({state})", f"started {escape(_when(facts))}"]
     share = 100 * min(1.0, seen / total) if total else 0
@@ -218,7 +229,7 @@ def _evaluation(sets: Mapping[str, Sequence[Line]]) -> str:
     return f'<h2>Evaluation</h2><section class="figures">{"".join(shown)}</section>'
 
 
-def _training(lines: Sequence[Line]) -> str:
+def _training(lines: Sequence[Line], plan: Mapping[str, Any]) -> str:
     if len(lines) < 2:
         return ""
     shown = [
@@ -238,12 +249,16 @@ def _training(lines: Sequence[Line]) -> str:
             )
         )
     shown.append(
-        parts.figure("Learning rates", figures.rates_figure(lines), "By rule, over the run.")
+        parts.figure(
+            "Learning rates",
+            figures.rates_figure(lines, plan),
+            "By rule, over the run. Thin and dashed: as planned; thick: as it was.",
+        )
     )
     return f'<h2>Training</h2><section class="figures">{"".join(shown)}</section>'
 
 
-def _samples(folder: RunFolder) -> str:
+def _samples(folder: RunFolder, varieties: Sequence[Line]) -> str:
     from PIL import Image
 
     path = folder.samples / "grid.png"
@@ -258,67 +273,17 @@ def _samples(folder: RunFolder) -> str:
     return (
         '<h2>Samples</h2><section class="card samples">'
         f'<img src="{uri}" width="{picture.width}" alt="Samples over time, a row each time">'
-        "</section>"
+        f"</section>{_variety(varieties)}"
     )
 
 
-def _trained(facts: Line) -> str:
-    rows = facts.get("freeze_rows") or []
-    if not rows:
+def _variety(lines: Sequence[Line]) -> str:
+    if len(lines) < 2:
         return ""
-    head = ("Part", "Rule", "Tensors", "Trained", "Of", "%", "Learning rate")
-    lines = [
-        (
-            *(row["part"], row["rule"], f"{row['num_tensors']:,}", f"{row['num_trained']:,}"),
-            *(f"{row['num_total']:,}", f"{row['percent']:.4f}"),
-            f"{row['lr']:g}" if row["lr"] else "frozen",
-        )
-        for row in rows
-    ]
-    return f'<h2>What trained</h2><section class="card">{parts.table(head, lines, 2)}</section>'
-
-
-def _data(facts: Line) -> str:
-    data, images = facts.get("data", {}), facts.get("images", {})
-    entries = {
-        "Data set": facts.get("origin") or data.get("path"),
-        "Revision": data.get("revision"),
-        "Training images": f"{images['train']:,}" if "train" in images else None,
-        "Held-out images": f"{images['validation']:,}" if "validation" in images else None,
-        "Refused": images.get("refused"),
-        "Fingerprint": data.get("fingerprint"),
-        "Split certificate": "yes" if data.get("certificate") else "none came with the data set",
-    }
-    return f'<h2>Data</h2><section class="card">{parts.pairs(entries)}</section>'
-
-
-def _details(folder: RunFolder, sets: Mapping[str, Sequence[Line]], facts: Line) -> str:
-    shown = []
-    if sets:
-        shown.append(f"<details><summary>Every evaluation</summary>{_evaluations(sets)}</details>")
-    recipe = escape(folder.recipe.read_text(encoding="utf-8"))
-    shown.append(f"<details><summary>Recipe, resolved</summary><pre>{recipe}</pre></details>")
-    versions = {name: found for name, found in facts.get("versions", {}).items() if found}
-    known = {
-        "Device": facts.get("device"),
-        "Platform": facts.get("platform"),
-        "Python": facts.get("python"),
-        "Command": " ".join(facts.get("command", [])),
-        **versions,
-    }
-    shown.append(f"<details><summary>Environment</summary>{parts.pairs(known)}</details>")
-    return f'<h2>Record</h2><section class="card">{"".join(shown)}</section>'
-
-
-def _evaluations(sets: Mapping[str, Sequence[Line]]) -> str:
-    head = ("Samples", "Set", "Loss", "Change", "These images", "New images")
-    lines = [
-        (
-            *(f"{line['samples_seen']:,}", figures.NAMES.get(name, name)),
-            *(f"{line['mean']:.6f}", percent(line["change_percent"])),
-            *(f"± {half(line[key])}" for key in ("ci95_percent", "ci95_new_images_percent")),
-        )
-        for name, series in sets.items()
-        for line in series
-    ]
-    return parts.table(head, lines, 2)
+    figure = parts.figure(
+        "Variety between seeds",
+        figures.variety_figure(lines),
+        "How different the pictures of one prompt are (mean distance of their VAE latents, two by "
+        "two); 1 is as at the start. It fades first when a model learns by heart.",
+    )
+    return f'<section class="figures" style="margin-top:.8rem">{figure}</section>'

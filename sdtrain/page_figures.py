@@ -27,7 +27,19 @@ NAMES = {
     "validation_ema": "Held-out images, EMA",
     "train_probe_ema": "Training images, EMA",
 }
-_SIZE_INCHES = (6.0, 3.5)
+_ON_DARK = {
+    **{"#ffffff": "#161b22", INK: "#e6edf3", DIM: "#9aa4ae", GRID: "#30363d"},
+    **{"#0b6bcb": "#4c9aff", "#c2570c": "#f0883e", "#8250df": "#b392f0", "#1a7f37": "#3fb950"},
+    **{"#0a7f86": "#39c5cf", "#a8790b": "#d5a52a", "#bf3989": "#f778ba", "#6e7781": "#9aa4ae"},
+}
+_RULES = "".join(
+    f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
+    for light, dark in _ON_DARK.items()
+    for kind in ("fill", "stroke")
+)
+_DARK = f"<style>@media (prefers-color-scheme: dark){{{_RULES}}}</style>".encode()
+"""A picture follows its reader's colours by itself: matplotlib writes colours into `style`."""
+_SIZE_INCHES = (5.4, 3.3)
 _FEW_POINTS = 40
 
 Line = dict[str, Any]
@@ -38,7 +50,8 @@ def _figure(draw: Callable[[Axes], None]) -> str:
     file = io.BytesIO()
     with styled_axes(file, form="svg", metadata={"Date": None}) as (axes,):
         draw(axes)
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+    svg = file.getvalue().replace(b"<defs>", _DARK + b"<defs>", 1)
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 @contextmanager
@@ -193,21 +206,57 @@ def running_mean(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def rates_figure(lines: Sequence[Line]) -> str:
-    """Learning rate of every parameter group."""
-    groups = list(dict.fromkeys(name for line in lines for name in line["lr"]))
+def rates_figure(
+    lines: Sequence[Line], plan: Mapping[str, Sequence[tuple[int, float]]] | None = None
+) -> str:
+    """Learning rate of every parameter group: as planned, with what it was on top."""
+    plan = plan or {}
+    groups = list(dict.fromkeys([*plan, *(name for line in lines for name in line["lr"])]))
     shown = [lines[at] for at in _thinned(len(lines), 1000)]
 
     def draw(axes: Axes) -> None:
         for k, name in enumerate(groups):
-            points = [
-                (line["samples_seen"], line["lr"][name]) for line in shown if name in line["lr"]
-            ]
-            axes.plot(*zip(*points, strict=True), color=SERIES[k % len(SERIES)], lw=1.8, label=name)
+            colour = SERIES[k % len(SERIES)]
+            if name in plan:
+                planned = zip(*plan[name], strict=True)
+                axes.plot(*planned, color=colour, lw=1, ls=(0, (4, 3)), drawstyle="steps-pre")
+            # A group that rests has no rate: the line is broken there.
+            rates = [line["lr"].get(name, float("nan")) for line in shown]
+            clock = [line["samples_seen"] for line in shown]
+            axes.plot(clock, rates, color=colour, lw=2, label=name)
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         axes.set_ylabel("learning rate")
         axes.legend(loc="best")
+        ends = [point[0] for curve in plan.values() for point in curve]
+        _clock_axis(axes, sorted([*ends, *(line["samples_seen"] for line in lines)]))
+
+    return _figure(draw)
+
+
+def variety_figure(lines: Sequence[Line]) -> str:
+    """Spread between seeds of every prompt over the run, in units of the first."""
+    prompts = list(dict.fromkeys(entry["prompt"] for line in lines for entry in line["prompts"]))
+
+    def draw(axes: Axes) -> None:
+        for k, prompt in enumerate(prompts):
+            points = [
+                (line["samples_seen"], entry["relative"])
+                for line in lines
+                for entry in line["prompts"]
+                if entry["prompt"] == prompt and entry["relative"] is not None
+            ]
+            if points:
+                label = (prompt[:40] + "…" if len(prompt) > 40 else prompt) or "(empty prompt)"
+                colour = SERIES[k % len(SERIES)]
+                clock, shares = zip(*points, strict=True)
+                axes.plot(clock, shares, color=colour, lw=1.8, marker="o", ms=4, label=label)
+        axes.axhline(1, color=DIM, lw=1, ls=(0, (4, 3)))
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("variety, 1 = start")
+        # A prompt is no formula, whatever it has between dollar signs.
+        for text in axes.legend(loc="best").get_texts():
+            text.set_parse_math(False)
         _clock_axis(axes, [line["samples_seen"] for line in lines])
 
     return _figure(draw)

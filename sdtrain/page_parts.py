@@ -28,7 +28,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], num_words: int) ->
 
     def line(tag: str, cells: Sequence[str]) -> str:
         pairs = zip(kinds, cells, strict=True)
-        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in pairs)
+        return "".join(f"<{tag}{kind}>{typeset(cell)}</{tag}>" for kind, cell in pairs)
 
     body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     top = f"<thead><tr>{line('th', head)}</tr></thead>"

@@ -26,6 +26,7 @@ from sdtrain.phases import PhaseSection
 from sdtrain.pixels import CropRule
 from sdtrain.precision import PrecisionSection
 from sdtrain.prior import PriorSection
+from sdtrain.tracking import TrackingSection
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
@@ -322,6 +323,7 @@ class TrainRecipe(Section):
     cache: CacheSection = CacheSection()
     validation: ValidationSection = ValidationSection()
     sampling: SamplingSection = SamplingSection()
+    tracking: TrackingSection = TrackingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     distributed: DistributedSection = DistributedSection()
 

@@ -106,6 +106,14 @@ def _entries(place: Path) -> dict[Key, Path]:
     return {(entry["prompt"], entry.get("seed")): place / entry["file"] for entry in listed}
 
 
+def named_pictures(place: Path) -> dict[str, list[Path]]:
+    """Pictures of one moment by prompt, in the order of the seeds."""
+    found: dict[str, list[Path]] = {}
+    for (prompt, _), path in _entries(place).items():
+        found.setdefault(shown(prompt), []).append(path)
+    return found
+
+
 def slug(prompt: str) -> str:
     """A prompt as a part of a file name."""
     plain = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:_SLUG_CHARACTERS].strip("-")

@@ -245,6 +245,7 @@ def open_setup(recipe: TrainRecipe, world: World = ALONE) -> Setup:
     require = getattr(recipe.optimizer, "require", None)
     if require is not None:
         require()
+    recipe.tracking.require()
     device = pick_device(recipe.precision.device, world)
     require_compiler(recipe.compile, device)
     engine = recipe.distributed.build(world)

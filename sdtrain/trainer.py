@@ -20,15 +20,17 @@ from sdtrain.course import BEST, Course, followed, look_back, point_to_best
 from sdtrain.failures import explained
 from sdtrain.hand_over import hand_over
 from sdtrain.loader import load
+from sdtrain.planned import planned
 from sdtrain.probe_sets import open_probes
 from sdtrain.recipe import TrainRecipe
 from sdtrain.run import Run, begin
 from sdtrain.run_folder import RunFolder
+from sdtrain.sample_files import named_pictures
 from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet
 from sdtrain.stopping import StopRequest
-from sdtrain.trackers.jsonl import JsonlTracker, read_metrics
-from sdtrain.trackers.tensorboard import TensorBoardTracker
+from sdtrain.trackers.jsonl import read_metrics
+from sdtrain.tracking import open_trackers
 from sdtrain.update import Parts, take_step
 from sdtrain.world import ALONE, World
 
@@ -86,7 +88,8 @@ def train(
             world.on_main(lambda: folder.describe(recipe, facts(setup)))
             with ExitStack() as open_files, explained(run):
                 trackers: list[Any] = []  # only the main process has any
-                world.on_main(lambda: trackers.extend(open_trackers(run)))
+                resumed_at = run.samples_seen or None
+                world.on_main(lambda: trackers.extend(open_trackers(recipe, folder, resumed_at)))
                 for tracker in trackers:
                     open_files.callback(tracker.close)
                 open_files.callback(setup.encoder.flush)
@@ -112,15 +115,6 @@ def train(
     )
 
 
-def open_trackers(run: Run) -> list[Any]:
-    """Where metrics go, cut back to the clock."""
-    resumed_at = run.samples_seen or None
-    return [
-        JsonlTracker(run.folder.metrics, resumed_at),
-        TensorBoardTracker(run.folder.tensorboard, resumed_at),
-    ]
-
-
 def facts(setup: Setup) -> dict[str, Any]:
     """What a run folder's environment.json says besides versions."""
     device = setup.device
@@ -132,6 +126,7 @@ def facts(setup: Setup) -> dict[str, Any]:
         "freeze_table": setup.plan.table().splitlines(),
         "freeze_rows": [dict(row.__dict__) for row in setup.plan.rows],
         "total_samples": setup.total_samples,
+        "plan": planned(setup),
         "schedule_samples": setup.schedule_samples,
         "model": f"{setup.family.name} from {setup.recipe.model.path}",
         "adapter": setup.recipe.adapter.type,
@@ -189,6 +184,9 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
                     found = sampling.draw(setup, run.folder, run.samples_seen)
                 if found:
                     log(trackers, found)
+                for tracker in trackers:
+                    place = run.folder.samples / str(run.samples_seen)
+                    tracker.pictures(named_pictures(place), run.samples_seen)
             is_stopping = world.any(stop.is_set)
             must_save = is_stopping or is_best or is_last
             if run.step and (must_save or is_due(run, save_every, before)):
@@ -210,8 +208,8 @@ def is_due(run: Run, every_samples: int, before: int) -> bool:
 def steps(run: Run) -> Iterator[Parts]:
     """The micro-batches of one optimizer step after the other, from the clock on."""
     setup = run.setup
-    planned = setup.micro_batches(run.samples_seen)
-    loaded = load(setup.reader(stored=True), planned, setup.recipe.data.workers)
+    coming = setup.micro_batches(run.samples_seen)
+    loaded = load(setup.reader(stored=True), coming, setup.recipe.data.workers)
     for _, parts in groupby(loaded, key=lambda part: part[0].step.samples_seen):
         yield parts
 

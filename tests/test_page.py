@@ -17,6 +17,7 @@ from sdprep.errors import DataError
 from sdtrain import page
 from sdtrain.page_figures import limits_of, loss_figure, running_mean
 from sdtrain.page_parts import typeset
+from sdtrain.page_plan import duration
 from sdtrain.run_folder import RunFolder
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -66,6 +67,10 @@ def test_a_finished_run_leaves_its_page(evaluated_run: Path) -> None:
     last = [line for line in lines if line["kind"] == "validation"][-2]
     assert f"{last['change_percent']:+.2f} %".replace("-", "\N{MINUS SIGN}") in found.words
     assert f"{last['mean']:.6f}" in found.words
+    for words in ("Plan against reality", "The whole run:", "Held-out images, ", "Passes over"):
+        assert words.rstrip(", ") in found.words
+    html = (evaluated_run / page.PAGE).read_text(encoding="utf-8")
+    assert "http-equiv" not in html, "a finished page stays as it is"
     for words in ("12 of 12 samples (finished)", "unet.**", "frozen", "Held-out images: loss"):
         assert words in found.words
     # two sets, ten bins, samples, raw and debiased loss, learning rates
@@ -88,6 +93,49 @@ def test_every_text_is_escaped(run: Path) -> None:
 def test_the_page_is_the_same_bytes_every_time(run: Path) -> None:
     first = page.write_page(run).read_bytes()
     assert page.write_page(run).read_bytes() == first
+
+
+def test_while_it_trains_the_page_loads_itself_anew_and_says_so(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if json.loads(line)["samples_seen"] <= 8]
+    (run / "metrics.jsonl").write_text("".join(f"{x}\n" for x in kept), encoding="utf-8")
+    found = outline(page.write_page(run, is_running=True))
+    assert "8 of 12 samples (in training)" in found.words
+    html = (run / page.PAGE).read_text(encoding="utf-8")
+    assert '<meta http-equiv="refresh" content="60">' in html
+
+
+def test_plan_and_reality_stand_side_by_side(run: Path) -> None:
+    (run / "pace.jsonl").write_text(
+        '{"session": "a", "seconds": 0.0, "samples_seen": 0}\n'
+        '{"session": "a", "seconds": 60.0, "samples_seen": 8}\n'
+        '{"session": "b", "seconds": 1.0, "samples_seen": 8}\n'
+        '{"session": "b", "seconds": 41.0, "samples_seen": 12}\n',
+        encoding="utf-8",
+    )
+    words = outline(page.write_page(run)).words
+    # planned, due by now, done: at 0, 8 and 12 samples
+    assert "Evaluations333" in words
+    assert "Sets of pictures222" in words
+    assert "Optimizer steps33" in words
+    assert "everything included0.1" in words
+    assert "Timenone left2 min" in words
+    assert duration(20) == "20 s"
+    assert duration(3 * 3600 + 300) == "3 h 05 min"
+    assert duration(86400 * 3.5) == "3.5 days"
+
+
+def test_variety_is_drawn_and_figures_follow_the_readers_colours(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for clock, share in ((0, 1.0), (12, 0.5)):
+            entry = {"prompt": "a $x_{ <b>", "relative": share}
+            line = {"kind": "variety", "samples_seen": clock, "prompts": [entry]}
+            file.write(json.dumps(line) + "\n")
+    found = outline(page.write_page(run))
+    assert "Variety between seeds" in found.words
+    svg = [x for x in found.sources if "svg" in x]
+    for picture in svg:
+        assert b"prefers-color-scheme: dark" in base64.b64decode(picture.split(",")[1])
 
 
 def test_it_is_renewed_at_most_once_a_minute_and_at_the_end(run: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ class JsonlTracker:
         """Append one line; numbers that JSON cannot hold become null."""
         self._file.write(json.dumps(_plain(line), ensure_ascii=False) + "\n")
         self._file.flush()
+
+    def pictures(self, named: Mapping[str, Sequence[Path]], samples_seen: int) -> None:
+        """Nothing: pictures lie in `samples/`."""
 
     def sync(self) -> None:
         """Make what was written survive a power cut; called before every checkpoint."""

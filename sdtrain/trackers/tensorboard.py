@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from sdprep.errors import MissingExtraError
+from sdtrain.trackers.curves import curves
 
 
 class TensorBoardTracker:
@@ -30,11 +34,17 @@ class TensorBoardTracker:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Write one metrics line."""
-        line = dict(line)
-        kind, samples_seen = line.pop("kind"), line.pop("samples_seen")
-        prefix = f"{line.pop('set')}" if "set" in line else kind
-        for name, value in _scalars(line, prefix):
-            self._writer.add_scalar(name, value, global_step=samples_seen)
+        for name, value in curves(line).items():
+            self._writer.add_scalar(name, value, global_step=line["samples_seen"])
+
+    def pictures(self, named: Mapping[str, Sequence[Path]], samples_seen: int) -> None:
+        """Write pictures by prompt."""
+        for name, paths in named.items():
+            for at, path in enumerate(paths):
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
+                tag = f"samples/{name}" if len(paths) == 1 else f"samples/{name}/{at}"
+                self._writer.add_image(tag, pixels, samples_seen, dataformats="HWC")
 
     def sync(self) -> None:
         """Flush to disk."""
@@ -43,14 +53,3 @@ class TensorBoardTracker:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
-
-
-def _scalars(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _scalars(item, f"{name}/{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _scalars(item, f"{name}/{index}")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, float(value)
