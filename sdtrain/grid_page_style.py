@@ -20,7 +20,7 @@ p { margin: .15rem 0; color: var(--dim); font-size: .85rem; max-width: 70rem }
             position: sticky; z-index: 1; padding: .4rem .5rem }
 .board thead th { top: 0; vertical-align: bottom; width: var(--cell); max-width: var(--cell);
                   overflow-wrap: anywhere; border-bottom: 1px solid var(--line) }
-.board tbody th { left: 0; max-width: 8.5rem; overflow-wrap: anywhere;
+.board tbody th { left: 0; min-width: 6.5rem; max-width: 10rem; overflow-wrap: anywhere;
                   border-right: 1px solid var(--line) }
 .board thead th:first-child { left: 0; z-index: 2; width: auto; color: var(--dim) }
 .board td { padding: 3px }
@@ -35,7 +35,7 @@ img.small { image-rendering: pixelated }
 .variety table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 .variety th, .variety td { text-align: left; padding: .25rem 1rem .25rem 0; max-width: 16rem;
                            border-bottom: 1px solid var(--line) }
-.variety .n { text-align: right }
+.variety th { min-width: 5.5rem } .variety .n { text-align: right }
 dialog { width: 100vw; height: 100vh; max-width: none; max-height: none; border: 0; padding: 0;
          background: var(--back); color: var(--ink) }
 dialog[open] { display: flex; flex-direction: column }
@@ -51,7 +51,8 @@ figcaption { padding: .4rem .8rem; font-size: .9rem; background: var(--back); z-
 .keys button { font: inherit; padding: .35rem .8rem; border-radius: 6px; color: inherit;
                border: 1px solid var(--line); background: var(--paper); cursor: pointer }
 @media (max-width: 40rem) { .board { --cell: 160px } .panes { flex-direction: column }
-                            .board tbody th { max-width: 5rem; font-size: .75rem } }
+                            .board tbody th { min-width: 4.5rem; max-width: 5rem;
+                                              font-size: .75rem } }
 """
 
 SCRIPT = """
