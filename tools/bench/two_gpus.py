@@ -28,10 +28,20 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
+from sdtrain.picture_rows import PictureRows
+
 STEPS = 30
 BATCH = 4
 WARM_UP = 3
 TOLERANCE = 1e-5
+
+
+class Captioned(PictureRows):
+    """Pictures in memory whose texts are captions; the loader's workers find it here."""
+
+    def records(self, rows: Any) -> list[dict[str, Any]]:
+        """What a prompt is rendered from."""
+        return [{**record, "tags": []} for record in super().records(rows)]
 
 
 def main() -> None:
@@ -58,6 +68,9 @@ def main() -> None:
     (to / "two_gpus.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     (to / "two_gpus.md").write_text(table(found), encoding="utf-8")
     print(table(found))
+    wanted = sum(len(cases(processes, arguments)) for processes in (1, 2))
+    if len(found) < wanted or not all(case.get("agrees", True) for case in found):
+        sys.exit(f"{wanted - len(found)} of {wanted} cases are missing, or some do not agree")
 
 
 def cases(processes: int, arguments: Any) -> list[dict[str, Any]]:
@@ -197,6 +210,7 @@ def keep(run: Any, path: Path) -> None:
 def open_case(case: dict[str, Any], arguments: Any, world: Any) -> Any:
     """The setup of `sdtrain run` over pictures made here, and a model of either size."""
     from sdprep.prompt_policy import PromptPolicy
+    from sdprep.recipe import validate
     from sdtrain import setup as setups
     from sdtrain.dataset import TrainingData
     from sdtrain.recipe import TrainRecipe
@@ -231,7 +245,7 @@ def open_case(case: dict[str, Any], arguments: Any, world: Any) -> Any:
         },
         "distributed": {"engine": case["engine"]},
     }
-    return setups.open_setup(TrainRecipe.model_validate(wanted), world)
+    return setups.open_setup(validate(wanted, TrainRecipe, "two_gpus"), world)
 
 
 def pictures(side: int, *, ragged: bool) -> Any:
@@ -239,7 +253,6 @@ def pictures(side: int, *, ragged: bool) -> Any:
     from PIL import Image
 
     from sdprep.seeding import rng_for
-    from sdtrain.picture_rows import PictureRows
 
     shapes = [(side, side), (side * 2 // 3, side * 3 // 2), (side * 3 // 2, side * 2 // 3)]
     found, prompts = [], []
@@ -249,7 +262,7 @@ def pictures(side: int, *, ragged: bool) -> Any:
         found.append(Image.fromarray(draw).resize((width, height)))
         more = ", a long sentence that goes on and on" * (12 if ragged and number % 5 == 0 else 0)
         prompts.append(f"photo number {number} of a dog{more}")
-    return PictureRows(found, prompts)
+    return Captioned(found, prompts)
 
 
 def open_full_size(recipe: Any, device: torch.device) -> Any:
