@@ -169,9 +169,13 @@ def _better(history: History, change: Evidence, seen: Evidence | None) -> _Findi
         return "learning", text, _known(change, seen)
     recent = _between(HELD_OUT, history, earlier[-1], change.until)
     assert recent is not None, "both clocks are of this set"
-    least = max(SEED_NOISE_PERCENT, SETTLED_SHARE * abs(change.change_percent))
-    if recent.change_percent > -least:
-        text = "Held-out images got better, and the last third of the run brought little more."
+    start, then, now = (float(held[k].mean()) for k in (clocks[0], earlier[-1], change.until))
+    share = (then - now) / (start - now)  # of the whole gain, which may dwarf what is left
+    if share < SETTLED_SHARE or recent.change_percent > -SEED_NOISE_PERCENT:
+        text = (
+            "Held-out images got better, and the last third of the run brought "
+            f"{100 * max(0.0, share):.2g} % of the gain."
+        )
         return "finished", text, _known(change, recent, seen)
     is_sure = recent.ci95_percent is not None and recent.ci95_percent[1] < 0
     more = "it still goes on: more training may help" if is_sure else "it may still go on"

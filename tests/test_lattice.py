@@ -68,11 +68,20 @@ def test_warped_estimate_resolves_a_small_change_on_the_published_surrogate() ->
     s = np.log(alphas / (1 - alphas))
     level = np.exp(-2.10348 + 0.6008 * s - 0.0374 * s**2 - 0.00194 * s**3)
     for count, most in ((16, 0.10), (32, 0.070), (64, 0.049)):
-        errors = []
+        errors, iid, buckets = [], [], []
         for z_seed in range(5):
             z = np.random.default_rng(z_seed).standard_normal(1000)
             delta = level * (-0.022094 + 0.003134 * s + z * (0.0012 + 0.019 * (t / 1000) ** 1.7))
-            truth = 100 * delta.sum() / level.sum()
+            truth = delta.sum() / level.sum()
+
+            def miss(
+                step: np.ndarray,
+                weight: np.ndarray | float = 1.0,
+                delta: np.ndarray = delta,
+                truth: float = truth,
+            ) -> float:
+                return float(100 * ((delta[step] * weight).mean() / level.mean() - truth))
+
             for pilot in range(5):
                 _, at = pilot_points(pilot, "validation", 8)
                 means = level[(at * 1000).astype(int)].reshape(NUM_STRATA, -1).mean(1)
@@ -80,10 +89,14 @@ def test_warped_estimate_resolves_a_small_change_on_the_published_surrogate() ->
                 for offset in range(40):
                     v = (np.arange(count) + (offset + 0.5) / 40) / count
                     u = warp.quantile(v)
-                    weight = 1 / warp.density(u)
-                    step = (u * 1000).astype(int)
-                    estimate = 100 * (delta[step] * weight).sum() / (level[step] * weight).sum()
-                    errors.append(estimate - truth)
-        rmse = float(np.sqrt(np.mean(np.square(errors))))
+                    errors.append(miss((u * 1000).astype(int), 1 / warp.density(u)))
+            rng = np.random.default_rng(100 + z_seed)
+            for _ in range(400):
+                iid.append(miss(rng.integers(1000, size=count)))
+                quarter = 250 * (np.arange(count) % 4)
+                buckets.append(miss(quarter + rng.integers(250, size=count)))
+        rmse, of_iid, of_buckets = (np.sqrt(np.mean(np.square(e))) for e in (errors, iid, buckets))
         assert rmse <= most, f"{count} levels: {rmse:.4f} %"
+        assert of_iid / rmse >= 3.8, f"{count} levels: iid {of_iid:.4f} %"
+        assert of_buckets / rmse >= 1.4, f"{count} levels: four buckets {of_buckets:.4f} %"
         assert abs(np.mean(errors)) <= 0.005
