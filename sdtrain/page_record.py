@@ -51,6 +51,8 @@ def details(folder: RunFolder, sets: Mapping[str, Sequence[Line]], facts: Line) 
     shown = []
     if sets:
         shown.append(f"<details><summary>Every evaluation</summary>{_evaluations(sets)}</details>")
+    if any(lines[-1].get(kind) for lines in sets.values() for kind in ("tags", "sources")):
+        shown.append(f"<details><summary>By tag and source</summary>{_groups(sets)}</details>")
     recipe = escape(folder.recipe.read_text(encoding="utf-8"))
     shown.append(f"<details><summary>Recipe, resolved</summary><pre>{recipe}</pre></details>")
     versions = {name: found for name, found in facts.get("versions", {}).items() if found}
@@ -63,6 +65,23 @@ def details(folder: RunFolder, sets: Mapping[str, Sequence[Line]], facts: Line) 
     }
     shown.append(f"<details><summary>Environment</summary>{parts.pairs(known)}</details>")
     return f'<h2>Record</h2><section class="card">{"".join(shown)}</section>'
+
+
+def _groups(sets: Mapping[str, Sequence[Line]]) -> str:
+    """The tags and sources that moved most, of the newest evaluation of each set."""
+    head = ("Set", "Kind", "Name", "Images", "Change", "These images", "New images", "Differs")
+    rows = [
+        (
+            *(figures.NAMES.get(name, name), kind.removesuffix("s"), group["name"]),
+            *(f"{group['images']:,}", percent(group["change_percent"])),
+            *(f"± {half(group[key])}" for key in ("ci95_percent", "ci95_new_images_percent")),
+            "yes" if group["differs"] else "cannot tell",
+        )
+        for name, lines in sets.items()
+        for kind in ("tags", "sources")
+        for group in lines[-1].get(kind, ())
+    ]
+    return parts.table(head, rows, 3)
 
 
 def _evaluations(sets: Mapping[str, Sequence[Line]]) -> str:

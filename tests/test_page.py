@@ -213,6 +213,22 @@ def test_a_getting_worse_after_the_best_is_said(run: Path) -> None:
     assert "The newest is worse than the best evaluation (8 samples)" in words
 
 
+def test_tags_and_sources_are_listed(run: Path) -> None:
+    group = {
+        **{"name": "<car>", "images": 4, "mean": 1.0, "change_percent": -1.5, "differs": True},
+        **{"ci95_percent": [-2.0, -1.0], "ci95_new_images_percent": [-3.0, 0.0]},
+    }
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "validation":
+            line["tags"] = [group]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    words = outline(page.write_page(run)).words
+    assert "By tag and source" in words
+    assert "<car>" in words
+
+
 def test_pieces() -> None:
     assert typeset("a-1 -2.5 % <b>") == "a-1 \N{MINUS SIGN}2.5 % &lt;b&gt;"
     assert running_mean(np.arange(5.0)).tolist() == [0.5, 1.0, 2.0, 3.0, 3.5]
