@@ -28,7 +28,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
-from sdtrain.picture_rows import PictureRows
+from sdtrain.picture_rows import PictureRows  # noqa: E402
 
 STEPS = 30
 BATCH = 4
