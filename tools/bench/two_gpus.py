@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sdtrain.picture_rows import PictureRows
 
 from sdtrain.picture_rows import PictureRows  # noqa: E402
 
