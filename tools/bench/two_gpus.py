@@ -30,8 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sdtrain.picture_rows import PictureRows
 
-from sdtrain.picture_rows import PictureRows  # noqa: E402
-
 STEPS = 30
 BATCH = 4
 WARM_UP = 3
