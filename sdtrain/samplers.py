@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from sdprep.errors import UserError
+from sdtrain.formats.schedulers import is_flow
 
 Name = Literal[
     "ddim",
@@ -58,7 +59,7 @@ def build(name: str | None, own: Any, prediction_type: str) -> Any:
     if name is not None:
         cls, options = _class_of(name, own)
     takes = inspect.signature(cls.__init__).parameters
-    if "prediction_type" in takes and "prediction_type" in own.config:
+    if "prediction_type" in takes and "prediction_type" in own.config and not is_flow(own):
         options["prediction_type"] = prediction_type
     return cls.from_config(own.config, **options)
 
@@ -80,7 +81,7 @@ def _class_of(name: str, own: Any) -> tuple[Any, dict[str, Any]]:
     class_name, named = _CLASSES[name]
     cls = getattr(diffusers, class_name)
     takes = inspect.signature(cls.__init__).parameters
-    if "prediction_type" not in own.config:
+    if "prediction_type" not in own.config or is_flow(own):
         raise UserError(
             f"sampler {name} follows a noise schedule that this model was not trained on "
             f"(it came with {type(own).__name__})",

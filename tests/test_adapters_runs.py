@@ -36,6 +36,7 @@ DYLORA = (
 )
 
 
+@pytest.mark.slow
 def test_dylora_goes_on_in_the_same_bytes_and_ignores_micro_batches(
     train_recipe: Recipe, stop_after: Callable[[int], None]
 ) -> None:
@@ -67,6 +68,7 @@ def test_only_the_block_of_the_step_moves(train_recipe: Recipe) -> None:
     assert len(set(moved)) > 1
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_drawn_validated_and_exported(
     train_recipe: Recipe,
     tiny_model: Callable[[str], Path],

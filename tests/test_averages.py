@@ -72,6 +72,7 @@ def test_weights_come_back_even_from_an_error() -> None:
     assert torch.equal(weight, before)
 
 
+@pytest.mark.slow
 def test_an_average_changes_nothing_else_and_survives_a_stop(train_recipe: Recipe) -> None:
     plain = run(train_recipe(output="plain"))
     whole = run(train_recipe(output="whole"), *EMA)

@@ -77,6 +77,7 @@ def wanted(setup: Setup) -> int:
     return len(keys)
 
 
+@pytest.mark.slow
 def test_a_run_ends_the_same_without_with_an_empty_and_with_a_full_cache(
     train_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_two_encoders_and_a_pooled_vector_come_back_as_they_were(
     assert dropped > 3
 
 
+@pytest.mark.slow
 def test_workers_read_the_cache_as_this_process_does(train_recipe: Recipe) -> None:
     path = train_recipe()
     setup = setup_of(path, "data.workers=2", "data.micro_batch_size=4")
@@ -185,6 +187,7 @@ def test_a_sample_of_the_posterior_is_keyed_by_visit_and_the_same_from_the_cache
     assert again == 4
 
 
+@pytest.mark.slow
 def test_a_killed_fill_goes_on_where_it_was(train_recipe: Recipe) -> None:
     path = train_recipe()
     script = f"""

@@ -50,6 +50,7 @@ SECTIONS: dict[Any, CompileSection] = {}
 
 
 @pytest.mark.parametrize(("backend", "adapter"), [("aot_eager", "full"), ("eager", "lora")])
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients_under_the_same_names(
     tiny_model: Callable[[str], Path], backend: Any, adapter: str
 ) -> None:

@@ -169,6 +169,7 @@ def test_any_number_of_processes_ends_in_the_same_weights(runs: Path, name: str)
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.slow
 def test_every_number_that_is_logged_is_the_same(runs: Path, name: str) -> None:
     ones = read_metrics(runs / "1" / "metrics.jsonl")
     others = [
@@ -189,6 +190,7 @@ def test_every_number_that_is_logged_is_the_same(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["2", "3", "4", "2-fsdp", "3-fsdp"])
+@pytest.mark.slow
 def test_stable_eval_does_not_depend_on_the_number_of_processes(runs: Path, name: str) -> None:
     matrices = sorted((runs / "1" / "validation").glob("*/0.npz"))
     assert len(matrices) == 2
@@ -199,6 +201,7 @@ def test_stable_eval_does_not_depend_on_the_number_of_processes(runs: Path, name
             assert (other["u"] == one["u"]).all()
 
 
+@pytest.mark.slow
 def test_averages_and_the_model_come_whole_out_of_a_sharded_run(runs: Path) -> None:
     from safetensors.torch import load_file
 
@@ -209,6 +212,7 @@ def test_averages_and_the_model_come_whole_out_of_a_sharded_run(runs: Path) -> N
         assert torch.equal(model[path], tensor)
 
 
+@pytest.mark.slow
 def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_step(runs: Path) -> None:
     for kind in ("", "-fsdp"):
         kept = checkpoint.checkpoints(runs / f"2-stopped{kind}" / "checkpoints")
@@ -264,6 +268,7 @@ def test_one_process_needs_no_world() -> None:
     assert _announced({"ACCELERATE_MIXED_PRECISION": "no"}) == ALONE  # accelerate launch alone
 
 
+@pytest.mark.slow
 def test_accelerate_that_starts_one_process_for_two_is_refused(tmp_path: Path) -> None:
     """The real launcher, in case it leaves other traces one day."""
     script = tmp_path / "script.py"

@@ -40,6 +40,7 @@ BOTH = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.slow
 def test_it_is_trained_saved_drawn_and_marked(
     tiny_model: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:

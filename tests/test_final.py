@@ -46,6 +46,7 @@ def found(
     return recipe, module_path / "run"
 
 
+@pytest.mark.slow
 def test_trains_on_both_splits_for_the_length_that_was_best(
     found: tuple[TrainRecipe, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,6 +115,7 @@ def test_what_does_not_fit_is_refused_by_name(places: dict, tmp_path: Path) -> N
             kind_of(path)
 
 
+@pytest.mark.slow
 def test_foreign_files_are_measured_on_the_recipes_probe(
     train_recipe: Recipe, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

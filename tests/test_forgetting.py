@@ -94,6 +94,7 @@ def test_a_data_set_serves_as_well(
     assert all("photo number 3" in image.prompt for image in found.probe.images)
 
 
+@pytest.mark.slow
 def test_drawn_images_are_drawn_once_and_kept(train_recipe: Recipe, tmp_path: Path) -> None:
     recipe = load_train_recipe(train_recipe(), (*WITH_EVALUATION, *DRAWING))
     train(recipe)

@@ -56,6 +56,7 @@ def test_bins_hold_every_loss_once() -> None:
     assert list(SEED_STUDY) == sorted(SEED_STUDY)
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_tells(train_recipe: Callable[..., Path], tmp_path: Path) -> None:
     to = tmp_path / "new folder" / "curve.png"
     done = subprocess.run(

@@ -369,6 +369,7 @@ def test_a_recipe_with_a_senseless_mask_is_refused(train_recipe: Recipe, wrong: 
         load_train_recipe(train_recipe(), [wrong])
 
 
+@pytest.mark.slow
 def test_a_masked_run_is_the_same_with_workers_and_over_a_stop(
     boxed: Path, train_recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 def test_a_real_ramp_writes_curves_numbers_and_recipes(small_recipe: Path) -> None:
     recipe = load_train_recipe(small_recipe, SHORT)
     found = lr_find.find_lr(recipe, start=1e-4, end=10.0, steps=20, to=None)
@@ -201,6 +202,7 @@ def test_a_real_ramp_writes_curves_numbers_and_recipes(small_recipe: Path) -> No
     assert "training breaks at" in lr_find.report(found)
 
 
+@pytest.mark.slow
 def test_refusal_is_exit_status_2_with_the_plot_kept(small_recipe: Path) -> None:
     output = small_recipe.parent / "refused"
     done = subprocess.run(
@@ -219,6 +221,7 @@ def test_refusal_is_exit_status_2_with_the_plot_kept(small_recipe: Path) -> None
     assert json.loads((output / "lr-find.json").read_text())["advice"] is None
 
 
+@pytest.mark.slow
 def test_a_narrow_ramp_and_missing_held_out_images_are_refused(small_recipe: Path) -> None:
     recipe = load_train_recipe(small_recipe, SHORT)
     with pytest.raises(UserError, match="factor of 10 apart|goes from"):

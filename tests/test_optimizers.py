@@ -86,6 +86,7 @@ def test_every_optimizer_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.slow
 def test_a_run_that_stops_and_goes_on_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
     settings = {"sgd": {"momentum": 0.9}}.get(name, {})
     trained = parameters()

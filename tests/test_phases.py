@@ -115,6 +115,7 @@ def test_a_part_before_its_turn_owns_nothing_and_must_not_have_moved(
 @pytest.mark.parametrize(
     ("optimizer", "clocks"), [("adamw", ("4", "12")), ("schedule_free", ("12",))]
 )
+@pytest.mark.slow
 def test_stopped_in_any_phase_it_ends_in_the_same_bytes(
     train_recipe: Recipe,
     optimizer: str,

@@ -64,6 +64,7 @@ def sweep(path: Path, *more: str) -> tuple[int, Any, str]:
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_runs_are_ranked_one_that_fails_is_named_and_only_it_runs_again(
     train_recipe: Callable[..., Path], prepared_folder: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [x for x in map(json.loads, text.splitlines()) if x["kind"] == "variety"]
 
 
+@pytest.mark.slow
 def test_a_run_with_several_seeds_logs_its_variety_also_after_a_resume(
     train_recipe: Callable[..., Path],
 ) -> None:

@@ -76,6 +76,7 @@ def test_mean_weight_with_zero_terminal_snr() -> None:
     assert float(weights[999]) == 0
 
 
+@pytest.mark.slow
 def test_the_ratio_is_that_of_diffusers(snr: torch.Tensor) -> None:
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr

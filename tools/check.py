@@ -1,6 +1,7 @@
 """Check everything: format, lint, types, tests. Makes the environment first if there is none.
 
 Usage: python tools/check.py [PYTEST ARGUMENTS]
+       python tools/check.py -m "not slow"     # half the time: no test of more than ten seconds
 Every step runs, whatever the others say; the exit status is 0 only if all of them passed.
 """
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _setup
 
+EVERY_TEST = ("-m", "slow or not slow")  # pytest alone leaves the slow ones out
 MOST_WORKERS = 8  # each loads torch, about 1 GB
 
 
@@ -31,7 +33,7 @@ def main() -> int:
         "ruff format": ["ruff", "format", "--check", "."],
         "ruff check": ["ruff", "check", "."],
         "mypy": ["mypy"],
-        "pytest": ["pytest", "-n", workers, "--dist", "loadfile", *sys.argv[1:]],
+        "pytest": ["pytest", "-n", workers, "--dist", "loadfile", *EVERY_TEST, *sys.argv[1:]],
     }
     results, last_line = [], ""
     for name, command in steps.items():
