@@ -134,10 +134,22 @@ def _word(history: History, held: Mapping[int, np.ndarray], best: Best | None) -
         return _worse(history, best, change, change)
     if change.direction < 0:
         return _better(history, change, seen)
-    word = "No change on held-out images that chance or another seed could not make."
+    return "cannot tell", _undecided(change, seen), _known(change, seen)
+
+
+def _undecided(change: Evidence, seen: Evidence | None) -> str:
+    """Why new images cannot be spoken of, with what is sure of these ones."""
+    low, high = change.ci95_percent or (0.0, 0.0)
+    if high < 0 or low > 0:
+        how = "better" if high < 0 else "worse"
+        return (
+            f"These held-out images got {how}; whether new ones would, so few images do not say "
+            "for certain. Hold out more of them."
+        )
+    text = "No change on held-out images that chance or another seed could not make."
     if seen is not None and seen.direction < 0:
-        word += " The training images got better: more of this is learning by heart."
-    return "cannot tell", word, _known(change, seen)
+        text += " The training images got better: more of this is learning by heart."
+    return text
 
 
 def _worse(history: History, best: Best, rise: Evidence, change: Evidence) -> _Finding:

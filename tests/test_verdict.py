@@ -189,3 +189,14 @@ def test_the_file_best_names_a_checkpoint_that_is_there(tmp_path: Any) -> None:
     assert not (tmp_path / "best").exists()
     (tmp_path / "best").write_text("torn", encoding="utf-8")
     assert followed(tmp_path / "best") == tmp_path / "best"
+
+
+def test_few_images_that_all_got_better_are_not_called_learnt_by_heart() -> None:
+    rng = np.random.default_rng(4)
+    start = 1 + 0.01 * rng.standard_normal((4, 8))
+    gains = np.array([0.01, 0.05, 0.3, 0.9])[:, None]  # so unlike that new images are in doubt
+    held = {0: start, 8: start - gains, 16: start - gains}
+    found = judge({"validation": held, "train_probe": held})
+    assert found.word == "cannot tell"
+    assert "These held-out images got better" in found.reason
+    assert "by heart" not in found.reason
