@@ -21,18 +21,25 @@ T = TypeVar("T")
 class JoinedRows:
     """The rows of one split, then those of another. See `Rows`.
 
+    Attributes:
+        num_first: rows of the first split.
+
     Args:
         first: rows 0 to n - 1.
         second: the rest; no id is in both.
     """
 
     def __init__(self, first: Rows, second: Rows) -> None:
-        self._first, self._second, self._count = first, second, len(first)
-        moved = {self._count + row: reason for row, reason in second.refused.items()}
+        self._first, self._second, self.num_first = first, second, len(first)
+        moved = {self.num_first + row: reason for row, reason in second.refused.items()}
         self.refused: dict[int, str] = {**first.refused, **moved}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process: not the arrays, which it can join again."""
+        return {k: v for k, v in vars(self).items() if k not in ("ids", "sizes_hw", "repeats")}
+
     def __len__(self) -> int:
-        return self._count + len(self._second)
+        return self.num_first + len(self._second)
 
     @cached_property
     def ids(self) -> Ids:
@@ -67,19 +74,19 @@ class JoinedRows:
 
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one row."""
-        if row < self._count:
+        if row < self.num_first:
             return self._first.image(row)
-        return self._second.image(row - self._count)
+        return self._second.image(row - self.num_first)
 
     def source_digest(self, row: int) -> str:
         """Digest of the file of one row as it is stored now."""
-        if row < self._count:
+        if row < self.num_first:
             return self._first.source_digest(row)
-        return self._second.source_digest(row - self._count)
+        return self._second.source_digest(row - self.num_first)
 
     def _ask(self, rows: Sequence[int], of: Callable[[Rows, Sequence[int]], list[T]]) -> list[T]:
         """Ask each split for its own rows; answers come in the order of `rows`."""
-        in_first = [int(row) for row in rows if row < self._count]
-        in_second = [int(row) - self._count for row in rows if row >= self._count]
+        in_first = [int(row) for row in rows if row < self.num_first]
+        in_second = [int(row) - self.num_first for row in rows if row >= self.num_first]
         first, second = iter(of(self._first, in_first)), iter(of(self._second, in_second))
-        return [next(first if row < self._count else second) for row in rows]
+        return [next(first if row < self.num_first else second) for row in rows]

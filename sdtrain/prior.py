@@ -17,10 +17,9 @@ from pydantic import Field
 
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section
+from sdtrain.joined_rows import JoinedRows
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from sdtrain.buckets import Assignment, GlobalOrder, Slot, Step
     from sdtrain.dataset import Rows, TrainingData
     from sdtrain.recipe import DataSection
@@ -77,7 +76,7 @@ class Prior:
 
         Args:
             train: the stream without them.
-            num_train: rows of the training split, which come first in `JoinedRows`.
+            num_train: rows of the training split, which come first in `WithPrior`.
             seed: the run's seed.
             run_samples: longest run of one bucket and chunk count.
             num_chunks: of the family.
@@ -194,48 +193,13 @@ class PriorOrder:
             samples_seen += size
 
 
-class JoinedRows:
-    """Training rows and, behind them, those of the prior, as far as the loader asks for them."""
-
-    def __init__(self, train: Rows, prior: Rows) -> None:
-        self._parts = (train, prior)
-
-    @property
-    def ids(self) -> Joined:
-        """Sample ids by row, without the prefix."""
-        return Joined(*(part.ids for part in self._parts))
-
-    @property
-    def sizes_hw(self) -> Joined:
-        """Upright height and width by row, px."""
-        return Joined(*(part.sizes_hw for part in self._parts))
+class WithPrior(JoinedRows):
+    """Training rows and, behind them, those of the prior."""
 
     def boxes(self, rows: Sequence[int]) -> list[list[dict[str, Any]]]:
         """Of training rows; nothing is masked in the prior."""
-        train, _ = self._parts
-        return [train.boxes([row])[0] if row < len(train) else [] for row in rows]
-
-    def image(self, row: int) -> Image.Image:
-        """The upright RGB picture of one row."""
-        part, at = self.part_of(row)
-        return part.image(at)
-
-    def part_of(self, row: int) -> tuple[Rows, int]:
-        """The split that a row is of, and its row there."""
-        train, prior = self._parts
-        return (train, row) if row < len(train) else (prior, row - len(train))
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Two sequences one behind the other, neither of them copied."""
-
-    first: Any
-    second: Any
-
-    def __getitem__(self, at: int) -> Any:
-        here = len(self.first)
-        return self.first[at] if at < here else self.second[at - here]
+        found = super().boxes(rows)
+        return [own if row < self.num_first else [] for row, own in zip(rows, found, strict=True)]
 
 
 class OneCaption:

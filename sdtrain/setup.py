@@ -29,7 +29,7 @@ from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
 from sdtrain.loss_masks import BoxCensus, over_all_latents, take_census
 from sdtrain.phases import PhasePlan, plan_phases, split_by_part
 from sdtrain.precision import narrow
-from sdtrain.prior import JoinedRows, Prior, PriorOrder, open_prior
+from sdtrain.prior import Prior, PriorOrder, WithPrior, open_prior
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule, worst_step_ratio
 from sdtrain.weighting import Weighting
@@ -90,7 +90,7 @@ class Setup:
     def rows(self) -> Any:
         """What the rows of the stream's slots are rows of, as far as the loader asks."""
         train = self.data.train
-        return train if self.prior is None else JoinedRows(train, self.prior.data.train)
+        return train if self.prior is None else WithPrior(train, self.prior.data.train)
 
     @cached_property
     def _own_order(self) -> GlobalOrder:

@@ -128,3 +128,13 @@ def test_a_run_may_go_on_only_with_the_same_prior(
 def test_a_prior_that_is_nowhere_is_an_error(train_recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         opened(train_recipe(), tmp_path / "nothing here")
+
+
+def test_a_prior_is_read_from_the_cache_as_well(train_recipe: Recipe, class_images: Path) -> None:
+    settings = ("cache.latents=true", "data.crop='centre'")
+    setup = opened(train_recipe(), class_images, *settings)
+    run = Run(setup, RunFolder(setup.recipe.output))
+    line = take_step(run, next(steps(run)))
+    plain = opened(train_recipe(output="plain"), class_images, "data.crop='centre'")
+    alone = Run(plain, RunFolder(plain.recipe.output))
+    assert line["loss"] == take_step(alone, next(steps(alone)))["loss"]
