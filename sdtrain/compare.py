@@ -140,7 +140,7 @@ def _matching(
 def compare_measured(pairs: Sequence[tuple[Measured, Measured]]) -> list[Pair]:
     """Compare matrices pair by pair; p-values are corrected for the number of looks at a set."""
     matrices = [(a.load(), b.load()) for a, b in pairs]
-    found = [compare(a.weighted, b.weighted) for a, b in matrices]
+    found = [compare(a.weighted, b.weighted, a.u) for a, b in matrices]
     names = [a.probe.name for a, _ in pairs]
     here = _corrected(names, [each.p_value for each in found])
     new = _corrected(names, [each.p_value_new_images for each in found])

@@ -63,7 +63,7 @@ def look_back(probes: Sequence[ProbeSet], stop: StopSection | None) -> Course:
         stop: the recipe's rule; None: never stop early.
     """
     history = {each.probe.name: each.history for each in probes}
-    verdict = judge(history)
+    verdict = judge(history, {each.probe.name: each.probe.u() for each in probes})
     newest = max(history.get(HELD_OUT, {}), default=None)
     is_best = verdict.best is not None and verdict.best.samples_seen == newest
     return Course(verdict, is_best, _why_stop(history, verdict, stop))

@@ -68,7 +68,9 @@ def _tags(record: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def groups(a: np.ndarray, b: np.ndarray, labels: Sequence[Labels]) -> list[Group]:
+def groups(
+    a: np.ndarray, b: np.ndarray, labels: Sequence[Labels], u: np.ndarray | None = None
+) -> list[Group]:
     """Compare two matrices tag by tag and source by source, the most improved first of each kind.
 
     A group that all images share is left out: it is the whole set.
@@ -77,13 +79,17 @@ def groups(a: np.ndarray, b: np.ndarray, labels: Sequence[Labels]) -> list[Group
         a: (n, m) weighted losses.
         b: the same points of another model.
         labels: (n) of the images; fewer means that the probe knows none.
+        u: (n, m) their noise levels, for narrower intervals.
     """
     if len(labels) != len(a):
         return []
     found = []
     for kind in ("tag", "source"):
         members = _members(kind, labels)
-        compared = {name: compare(a[rows], b[rows]) for name, rows in members.items()}
+        compared = {
+            name: compare(a[rows], b[rows], None if u is None else u[rows])
+            for name, rows in members.items()
+        }
         # A group of four images or more always has an interval for new ones, but not with no loss.
         p_values = [each.p_value_new_images for each in compared.values()]
         corrected = holm([1.0 if p is None else p for p in p_values])

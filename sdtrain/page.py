@@ -170,11 +170,10 @@ def _since_best(folder: RunFolder, lines: Sequence[Line]) -> str:
     place = folder.validation / best["probe_id"]
     probe = Probe.load(place / PROBE_FILE)
     then, now = (
-        Measured(place / f"{line['samples_seen']}.npz", probe).load().weighted
-        for line in (best, lines[-1])
+        Measured(place / f"{line['samples_seen']}.npz", probe).load() for line in (best, lines[-1])
     )
     at = f"the best evaluation ({best['samples_seen']:,} samples)"
-    return sentence(compare(then, now), at, "The newest")
+    return sentence(compare(then.weighted, now.weighted, then.u), at, "The newest")
 
 
 def _tiles(training: Sequence[Line], sets: Mapping[str, Sequence[Line]], facts: Line) -> str:

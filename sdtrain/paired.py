@@ -2,6 +2,9 @@
 
 "This set" asks: on these very images, did the loss change? "New images" asks: would it have
 changed on other images of the same kind? The first is far narrower.
+
+What is printed is a ratio, the change in percent, so both intervals are those of a ratio: from how
+each point departs from b = (1 + change) * a, which to first order is all that moves the ratio.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _LEVEL = 0.95
+FEWEST_FOR_SLOPES = 5
+"""Images from which on a slope within each part of the noise levels is estimated, too."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,14 @@ def side(interval: Sequence[float] | None) -> int:
     return -1 if interval[1] < 0 else 1 if interval[0] > 0 else 0
 
 
-def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
+def compare(a: np.ndarray, b: np.ndarray, u: np.ndarray | None = None) -> Comparison:
     """Compare two matrices of the same probe.
 
     Args:
         a: (n, m) weighted losses, float.
         b: the same points later, or of another model.
+        u: (n, m) their noise levels. With them the interval on this set forgives slopes within
+            the parts of the noise levels, which the lattice cancels in the mean.
 
     Raises:
         ValueError: shapes differ, or a value is not finite.
@@ -88,10 +95,11 @@ def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
     n, m = a.shape
     mean_a, mean_b = float(a.mean()), float(b.mean())
     scale = 100.0 / mean_a if mean_a else float("nan")
-    difference = (b - a) * scale
-    change = float(difference.mean())
-    error, freedom = _this_set(difference)
-    new_error = float(difference.mean(1).std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    change = float((b - a).mean() * scale)
+    # Of the ratio b / a, to first order (the delta method); without a loss to divide by, nothing.
+    departure = (b - a) * scale - change * (a / mean_a if mean_a else a)
+    error, freedom = _this_set(departure, u)
+    new_error = float(departure.mean(1).std(ddof=1) / np.sqrt(n)) if n > 1 else None
     return Comparison(
         mean_a=mean_a,
         mean_b=mean_b,
@@ -107,24 +115,37 @@ def compare(a: np.ndarray, b: np.ndarray) -> Comparison:
     )
 
 
-def _this_set(difference: np.ndarray) -> tuple[float | None, float]:
+def _this_set(departure: np.ndarray, u: np.ndarray | None) -> tuple[float | None, float]:
     """Standard error on these images and its degrees of freedom.
 
-    With three levels or more from the differences of neighbouring levels, which forgives a trend
-    over noise levels; with two from the residual of images and levels.
+    From the differences of neighbouring levels, in which what an image brings to all its levels
+    falls out, as does what a level brings to all images; with `u` also a slope within each level.
     """
-    n, m = difference.shape
+    n, m = departure.shape
     if n < 2 or m < 2:
         return None, 0
-    if m == 2:
-        residual = difference - difference.mean(1, keepdims=True) - difference.mean(0)
-        residual += difference.mean()
-        error = np.sqrt((residual**2).sum() / ((n - 1) * (m - 1))) / np.sqrt(n * m)
-        return float(error), (n - 1) * (m - 1)
-    steps = np.diff(difference, axis=1)  # (n, m - 1)
-    squares = ((steps - steps.mean(0)) ** 2).sum()
-    error = np.sqrt(squares / (2 * (n - 1) * (m - 1) * n * m))
-    return float(error), 2 / 3 * (n - 1) * (m - 1)
+    steps = np.diff(departure, axis=1)  # (n, m - 1)
+    steps = steps - steps.mean(0)
+    left = n - 1
+    if u is not None and n >= FEWEST_FOR_SLOPES:
+        steps, left = _without_slopes(steps, u), n - 2
+    squares = float((steps**2).sum())
+    error = np.sqrt(squares / (2 * left * (m - 1) * n * m))
+    # Neighbouring differences share a level, so of many columns two thirds count.
+    return float(error), left * (m - 1) * (1 if m == 2 else 2 / 3)
+
+
+def _without_slopes(steps: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """(n, m - 1) centred columns less their regression on the place within the level.
+
+    The place of an image in one level is the reverse of its place in the next, so one slope a
+    column takes both.
+    """
+    place = u[:, :-1].argsort(axis=0, kind="stable").argsort(axis=0, kind="stable")
+    place = place - place.mean(0)
+    slopes = (place * steps).sum(0) / (place**2).sum(0)
+    without: np.ndarray = steps - slopes * place
+    return without
 
 
 def _interval(center: float, error: float | None, freedom: float) -> tuple[float, float] | None:

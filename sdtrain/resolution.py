@@ -43,17 +43,18 @@ def expected_percent(num_forwards: int, image_scatter: float = USUAL_IMAGE_SCATT
     return float(2 * TYPICAL_CHANGE_PERCENT * scatter / np.sqrt(num_forwards))
 
 
-def expected_from(start: np.ndarray) -> float | None:
+def expected_from(start: np.ndarray, u: np.ndarray | None = None) -> float | None:
     """The same from the evaluation at sample 0.
 
     Args:
         start: (n, m) weighted losses.
+        u: (n, m) their noise levels.
 
     Returns:
         percent; None with one image or one noise level, which give no interval at all.
     """
     # Losses against nothing: the "change" is the loss itself, so its error is the scatter.
-    found = compare(np.full_like(start, start.mean()), start + start.mean())
+    found = compare(np.full_like(start, start.mean()), start + start.mean(), u)
     if found.resolves_percent is None or not start.mean() > 0:
         return None
     error = found.resolves_percent / 2 / 100

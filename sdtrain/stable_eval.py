@@ -209,7 +209,7 @@ def _keep(
     place = probe.save(folder.parent / variant) if variant else folder
     matrix.save(place / f"{samples_seen}.npz", [image.id for image in probe.images])
     start = matrix if samples_seen == 0 else LossMatrix.load(folder / "0.npz")
-    change = compare(start.weighted, matrix.weighted)
+    change = compare(start.weighted, matrix.weighted, matrix.u)
     n, m = probe.shape
     return {
         "kind": "validation",
@@ -226,7 +226,9 @@ def _keep(
         "resolves_new_images_percent": (
             change.resolves_new_images_percent if samples_seen else None
         ),
-        "resolves_percent_expected": None if samples_seen else expected_from(start.weighted),
+        "resolves_percent_expected": (
+            None if samples_seen else expected_from(start.weighted, start.u)
+        ),
         "bins": _bins(matrix, start),
         **breakdown(probe, start, matrix, samples_seen),
         "probe_id": probe.probe_id,
@@ -248,7 +250,7 @@ def breakdown(
     """`tags` and `sources` that moved most since sample 0; nothing where a probe has none."""
     if not samples_seen:
         return {}
-    found = groups(start.weighted, matrix.weighted, probe.labels)
+    found = groups(start.weighted, matrix.weighted, probe.labels, start.u)
     kinds = {"tags": extremes(found, "tag", MOST_GROUPS), "sources": extremes(found, "source", 99)}
     return {name: [each.to_json() for each in of] for name, of in kinds.items() if of}
 

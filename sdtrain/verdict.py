@@ -25,6 +25,9 @@ still falls in a line brings a third there, one that has run for three time cons
 History = Mapping[str, Mapping[int, np.ndarray]]
 """Set to clock to (n, m) weighted losses."""
 
+Levels = Mapping[str, np.ndarray]
+"""Set to (n, m) noise levels."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -100,18 +103,35 @@ class Verdict:
         }
 
 
-def judge(history: History) -> Verdict:
+@dataclass(frozen=True)
+class _Looks:
+    """What was measured, and where."""
+
+    history: History
+    levels: Levels
+
+    def at(self, name: str) -> Mapping[int, np.ndarray]:
+        return self.history.get(name, {})
+
+    def compare(self, name: str, since: int, until: int) -> Comparison:
+        matrices = self.history[name]
+        return compare(matrices[since], matrices[until], self.levels.get(name))
+
+
+def judge(history: History, levels: Levels | None = None) -> Verdict:
     """Say what a run has come to.
 
     Args:
         history: every evaluation so far of `validation`, `train_probe` and `forgetting`; each set
             is optional, and the first clock of each is the base model.
+        levels: where each set was looked at, for narrower intervals on its own images.
     """
-    held = history.get(HELD_OUT, {})
-    outside = _since_start(OUTSIDE, history)
+    looks = _Looks(history, levels or {})
+    held = looks.at(HELD_OUT)
+    outside = _since_start(OUTSIDE, looks)
     forgets = None if outside is None else outside.direction > 0
     best = find_best(held) if held else None
-    word, reason, evidence = _word(history, held, best)
+    word, reason, evidence = _word(looks, held, best)
     if outside is not None:
         evidence = (*evidence, outside)
         if forgets:
@@ -122,18 +142,18 @@ def judge(history: History) -> Verdict:
 _Finding = tuple[str, str, tuple[Evidence, ...]]
 
 
-def _word(history: History, held: Mapping[int, np.ndarray], best: Best | None) -> _Finding:
-    change = _since_start(HELD_OUT, history)
+def _word(looks: _Looks, held: Mapping[int, np.ndarray], best: Best | None) -> _Finding:
+    change = _since_start(HELD_OUT, looks)
     if best is None or change is None:
-        return "cannot tell", _why_not(history, held), _known(_since_start(SEEN, history))
-    seen = _since_start(SEEN, history)
-    later = _since_best(HELD_OUT, history, best)
+        return "cannot tell", _why_not(held), _known(_since_start(SEEN, looks))
+    seen = _since_start(SEEN, looks)
+    later = _since_best(HELD_OUT, looks, best)
     if later is not None and later.direction > 0:
-        return _worse(history, best, later, change)
+        return _worse(looks, best, later, change)
     if change.direction > 0:  # the start is the best, which a look at fewer evaluations shows
-        return _worse(history, best, change, change)
+        return _worse(looks, best, change, change)
     if change.direction < 0:
-        return _better(history, change, seen)
+        return _better(looks, change, seen)
     return "cannot tell", _undecided(change, seen), _known(change, seen)
 
 
@@ -152,9 +172,9 @@ def _undecided(change: Evidence, seen: Evidence | None) -> str:
     return text
 
 
-def _worse(history: History, best: Best, rise: Evidence, change: Evidence) -> _Finding:
+def _worse(looks: _Looks, best: Best, rise: Evidence, change: Evidence) -> _Finding:
     """Held-out images got worse: tell learning by heart from damage."""
-    seen = _between(SEEN, history, rise.since, rise.until)
+    seen = _between(SEEN, looks, rise.since, rise.until)
     where = f"since {rise.since:,} samples" if rise.since else "since the start"
     if seen is not None and seen.direction > 0:
         return "damaged", f"The loss rose on held-out and on training images {where}.", (rise, seen)
@@ -171,15 +191,15 @@ def _worse(history: History, best: Best, rise: Evidence, change: Evidence) -> _F
     return "overfitting", text, (rise, seen)
 
 
-def _better(history: History, change: Evidence, seen: Evidence | None) -> _Finding:
+def _better(looks: _Looks, change: Evidence, seen: Evidence | None) -> _Finding:
     """Held-out images got better: tell whether that still goes on."""
-    held = history[HELD_OUT]
+    held = looks.at(HELD_OUT)
     clocks = sorted(held)
     earlier = [clock for clock in clocks if 0 < clock <= change.until * 2 / 3]
     if not earlier:
         text = "Held-out images got better; too few evaluations to say whether that has ended."
         return "learning", text, _known(change, seen)
-    recent = _between(HELD_OUT, history, earlier[-1], change.until)
+    recent = _between(HELD_OUT, looks, earlier[-1], change.until)
     assert recent is not None, "both clocks are of this set"
     start, then, now = (float(held[k].mean()) for k in (clocks[0], earlier[-1], change.until))
     share = (then - now) / (start - now)  # of the whole gain, which may dwarf what is left
@@ -194,7 +214,7 @@ def _better(history: History, change: Evidence, seen: Evidence | None) -> _Findi
     return "learning", f"Held-out images got better, and {more}.", _known(change, recent, seen)
 
 
-def _why_not(history: History, held: Mapping[int, np.ndarray]) -> str:
+def _why_not(held: Mapping[int, np.ndarray]) -> str:
     if not held:
         return "No held-out images: learning cannot be told from learning by heart."
     if len(held) < 2:
@@ -209,13 +229,12 @@ def _known(*evidence: Evidence | None) -> tuple[Evidence, ...]:
 # --- comparisons ---------------------------------------------------------------------------------
 
 
-def _since_start(name: str, history: History) -> Evidence | None:
+def _since_start(name: str, looks: _Looks) -> Evidence | None:
     """The newest evaluation against the first, corrected for every evaluation in between."""
-    matrices = history.get(name, {})
-    clocks = sorted(matrices)
+    clocks = sorted(looks.at(name))
     if len(clocks) < 2:
         return None
-    found = [compare(matrices[clocks[0]], matrices[clock]) for clock in clocks[1:]]
+    found = [looks.compare(name, clocks[0], clock) for clock in clocks[1:]]
     p_values = [each.p_value_new_images for each in found]
     if any(p is None for p in p_values) or found[-1].num_images < FEWEST_IMAGES:
         return None
@@ -223,24 +242,23 @@ def _since_start(name: str, history: History) -> Evidence | None:
     return _evidence(name, clocks[0], clocks[-1], found[-1], corrected, len(found))
 
 
-def _since_best(name: str, history: History, best: Best) -> Evidence | None:
+def _since_best(name: str, looks: _Looks, best: Best) -> Evidence | None:
     """The newest evaluation against the best: by the bootstrap, and by Holm for every look."""
-    matrices = history[name]
+    matrices = looks.at(name)
     later = [clock for clock in sorted(matrices) if clock > best.samples_seen]
     if not later or best.p_values is None:
         return None
-    found = [compare(matrices[best.samples_seen], matrices[clock]) for clock in later]
+    found = [looks.compare(name, best.samples_seen, clock) for clock in later]
     corrected = holm([each.p_value_new_images or 0.0 for each in found])[-1]
     largest = max(corrected, best.p_values[later[-1]])
     return _evidence(name, best.samples_seen, later[-1], found[-1], largest, len(matrices) - 1)
 
 
-def _between(name: str, history: History, since: int, until: int) -> Evidence | None:
+def _between(name: str, looks: _Looks, since: int, until: int) -> Evidence | None:
     """Two given evaluations of a set; None if it lacks one or gives no interval."""
-    matrices = history.get(name, {})
-    if since not in matrices or until not in matrices:
+    if since not in looks.at(name) or until not in looks.at(name):
         return None
-    found = compare(matrices[since], matrices[until])
+    found = looks.compare(name, since, until)
     if found.p_value_new_images is None:
         return None
     return _evidence(name, since, until, found, found.p_value_new_images, 1)

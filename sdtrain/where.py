@@ -73,7 +73,7 @@ class Where:
 
 def where(probe: Probe, a: LossMatrix, b: LossMatrix) -> Where:
     """Take a comparison apart."""
-    return Where(bins(a, b), groups(a.weighted, b.weighted, probe.labels), images(probe, a, b))
+    return Where(bins(a, b), groups(a.weighted, b.weighted, probe.labels, a.u), images(probe, a, b))
 
 
 def bins(a: LossMatrix, b: LossMatrix) -> list[Bin]:

@@ -147,7 +147,9 @@ class Seen:
     """What `look_back` reads of a probe set."""
 
     def __init__(self, name: str, history: dict[int, np.ndarray]) -> None:
-        self.probe = type("Named", (), {"name": name})
+        n, m = next(iter(history.values())).shape
+        u = (np.arange(n)[:, None] / n + np.arange(m)) / m
+        self.probe = type("Named", (), {"name": name, "u": lambda _: u})()
         self.history = history
 
 
