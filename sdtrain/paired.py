@@ -3,8 +3,9 @@
 "This set" asks: on these very images, did the loss change? "New images" asks: would it have
 changed on other images of the same kind? The first is far narrower.
 
-What is printed is a ratio, the change in percent, so both intervals are those of a ratio: from how
-each point departs from b = (1 + change) * a, which to first order is all that moves the ratio.
+What is printed is a ratio, the change in percent, so both intervals are those of a ratio
+(Fieller's): they hold every change c for which the mean of b - (1 + c) a is nothing that chance
+could not make. That of no change, c = 0, is the plain paired t test of the differences.
 """
 
 from __future__ import annotations
@@ -94,75 +95,120 @@ def compare(a: np.ndarray, b: np.ndarray, u: np.ndarray | None = None) -> Compar
     a, b = a.astype(np.float64), b.astype(np.float64)
     n, m = a.shape
     mean_a, mean_b = float(a.mean()), float(b.mean())
-    scale = 100.0 / mean_a if mean_a else float("nan")
-    change = float((b - a).mean() * scale)
-    # Of the ratio b / a, to first order (the delta method); without a loss to divide by, nothing.
-    departure = (b - a) * scale - change * (a / mean_a if mean_a else a)
-    error, freedom = _this_set(departure, u)
-    new_error = float(departure.mean(1).std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    change = float((b - a).mean()) / mean_a if mean_a else float("nan")
+    here, new = _on_this_set(a, b, u), _on_new_images(a, b)
     return Comparison(
         mean_a=mean_a,
         mean_b=mean_b,
-        change_percent=change,
-        ci95_percent=_interval(change, error, freedom),
-        ci95_new_images_percent=_interval(change, new_error, n - 1),
-        resolves_percent=None if error is None else 2 * error,
-        resolves_new_images_percent=None if new_error is None else 2 * new_error,
-        p_value=_p_value(change, error, freedom),
-        p_value_new_images=_p_value(change, new_error, n - 1),
+        change_percent=100 * change,
+        ci95_percent=here and here.interval(),
+        ci95_new_images_percent=new and new.interval(),
+        resolves_percent=here and 200 * here.error(change),
+        resolves_new_images_percent=new and 200 * new.error(change),
+        p_value=here and here.p_value(),
+        p_value_new_images=new and new.p_value(),
         num_images=n,
         num_levels=m,
     )
 
 
-def _this_set(departure: np.ndarray, u: np.ndarray | None) -> tuple[float | None, float]:
-    """Standard error on these images and its degrees of freedom.
+@dataclass(frozen=True)
+class _Ratio:
+    """What is known of mean(d) / mean(a), d being the difference of two losses.
 
-    From the differences of neighbouring levels, in which what an image brings to all its levels
-    falls out, as does what a level brings to all images; with `u` also a slope within each level.
+    Args:
+        mean_d: the mean difference.
+        mean_a: what it is a share of.
+        variances: of mean(d), its covariance with mean(a), variance of mean(a).
+        freedom: degrees of freedom of the three.
     """
-    n, m = departure.shape
+
+    mean_d: float
+    mean_a: float
+    variances: tuple[float, float, float]
+    freedom: float
+
+    def error(self, change: float) -> float:
+        """Standard error of the ratio where it is `change` (delta method)."""
+        dd, da, aa = self.variances
+        return float(np.sqrt(max(0.0, dd - 2 * change * da + change**2 * aa)) / abs(self.mean_a))
+
+    def interval(self) -> tuple[float, float]:
+        """95 %, in percent."""
+        dd, da, aa = self.variances
+        times = _t(self.freedom)
+        change = self.mean_d / self.mean_a
+        half = times * self.error(change)
+        # The c that solve (mean_d - c mean_a)^2 = times^2 (dd - 2 c da + c^2 aa).
+        most = self.mean_a**2 - times**2 * aa
+        if most <= 0:  # so few images that their loss itself might be 0: the delta method's
+            return 100 * (change - half), 100 * (change + half)
+        middle = self.mean_d * self.mean_a - times**2 * da
+        square = (half * self.mean_a**2) ** 2 - times**4 * (dd * aa - da**2)
+        root = np.sqrt(max(0.0, square))
+        return float(100 * (middle - root) / most), float(100 * (middle + root) / most)
+
+    def p_value(self) -> float:
+        """Of no difference, two-sided."""
+        from scipy.stats import t
+
+        error = self.error(0.0) * abs(self.mean_a)
+        if error == 0:
+            return 1.0 if self.mean_d == 0 else 0.0
+        return float(2 * t.sf(abs(self.mean_d) / error, self.freedom))
+
+
+def _on_new_images(a: np.ndarray, b: np.ndarray) -> _Ratio | None:
+    """From how images differ; None with one image."""
+    n = len(a)
+    if n < 2:
+        return None
+    by_image = np.stack([(b - a).mean(1), a.mean(1)])
+    return _ratio(a, b, by_image - by_image.mean(1, keepdims=True), n * (n - 1), n - 1)
+
+
+def _on_this_set(a: np.ndarray, b: np.ndarray, u: np.ndarray | None) -> _Ratio | None:
+    """From how neighbouring levels of an image differ; None with one image or one level.
+
+    What an image brings to all its levels falls out of that, as does what a level brings to all
+    images; with `u` also a slope within each level.
+    """
+    n, m = a.shape
     if n < 2 or m < 2:
-        return None, 0
-    steps = np.diff(departure, axis=1)  # (n, m - 1)
-    steps = steps - steps.mean(0)
+        return None
+    steps = np.diff(np.stack([b - a, a]), axis=2)  # (2, n, m - 1)
+    steps = steps - steps.mean(1, keepdims=True)
     left = n - 1
     if u is not None and n >= FEWEST_FOR_SLOPES:
         steps, left = _without_slopes(steps, u), n - 2
-    squares = float((steps**2).sum())
-    error = np.sqrt(squares / (2 * left * (m - 1) * n * m))
     # Neighbouring differences share a level, so of many columns two thirds count.
-    return float(error), left * (m - 1) * (1 if m == 2 else 2 / 3)
+    freedom = left * (m - 1) * (1 if m == 2 else 2 / 3)
+    return _ratio(a, b, steps.reshape(2, -1), 2 * left * (m - 1) * n * m, freedom)
+
+
+def _ratio(
+    a: np.ndarray, b: np.ndarray, scatter: np.ndarray, divisor: float, freedom: float
+) -> _Ratio | None:
+    """`scatter`: (2, k) of the differences and of a; None where there is no loss to divide by."""
+    mean_a = float(a.mean())
+    if not mean_a:
+        return None
+    products = scatter @ scatter.T / divisor
+    variances = float(products[0, 0]), float(products[0, 1]), float(products[1, 1])
+    return _Ratio(float((b - a).mean()), mean_a, variances, freedom)
 
 
 def _without_slopes(steps: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """(n, m - 1) centred columns less their regression on the place within the level.
+    """(2, n, m - 1) centred columns less their regression on the place within the level.
 
     The place of an image in one level is the reverse of its place in the next, so one slope a
     column takes both.
     """
     place = u[:, :-1].argsort(axis=0, kind="stable").argsort(axis=0, kind="stable")
     place = place - place.mean(0)
-    slopes = (place * steps).sum(0) / (place**2).sum(0)
+    slopes = (place * steps).sum(1, keepdims=True) / (place**2).sum(0)
     without: np.ndarray = steps - slopes * place
     return without
-
-
-def _interval(center: float, error: float | None, freedom: float) -> tuple[float, float] | None:
-    if error is None:
-        return None
-    half = _t(freedom) * error
-    return center - half, center + half
-
-
-def _p_value(center: float, error: float | None, freedom: float) -> float | None:
-    from scipy.stats import t
-
-    if error is None:
-        return None
-    if error == 0:
-        return 1.0 if center == 0 else 0.0
-    return float(2 * t.sf(abs(center) / error, freedom))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

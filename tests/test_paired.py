@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from sdtrain.paired import compare
 
@@ -33,19 +34,47 @@ def spread(n: int, m: int, seed: int = 0) -> np.ndarray:
     return (np.arange(m) + (place + 0.5) / n) / m
 
 
-def test_intervals_follow_the_formulas() -> None:
-    a, b = matrices(2, 9, 5, 0.0)
-    ratio = b.mean() / a.mean()
-    departure = 100 * (b - ratio * a) / a.mean()
-    n, m = departure.shape
-    steps = departure[:, 1:] - departure[:, :-1]
+def t_of(a: np.ndarray, b: np.ndarray, change: float) -> tuple[float, float]:
+    """How many standard errors b - (1 + change) a lies from 0: on this set, for new images."""
+    rest = b - (1 + change) * a
+    n, m = rest.shape
+    steps = rest[:, 1:] - rest[:, :-1]
     total = sum((steps[i, j] - np.mean(steps[:, j])) ** 2 for i in range(n) for j in range(m - 1))
     error = (total / (2 * (n - 1) * (m - 1) * n * m)) ** 0.5
+    new = np.std(rest.mean(1), ddof=1) / np.sqrt(n)
+    return rest.mean() / error, rest.mean() / new
+
+
+def test_intervals_end_where_the_paired_t_test_would_begin_to_refuse() -> None:
+    for shift in (0.0, 0.3):
+        a, b = matrices(2, 9, 5, shift)
+        found = compare(a, b)
+        low, high = found.ci95_percent or (0, 0)
+        new_low, new_high = found.ci95_new_images_percent or (0, 0)
+        # 2/3 * 8 * 4 degrees of freedom, and 8
+        assert t_of(a, b, low / 100)[0] == pytest.approx(2.0796, rel=1e-3)
+        assert t_of(a, b, high / 100)[0] == pytest.approx(-2.0796, rel=1e-3)
+        assert t_of(a, b, new_low / 100)[1] == pytest.approx(2.306004, rel=1e-5)
+        assert t_of(a, b, new_high / 100)[1] == pytest.approx(-2.306004, rel=1e-5)
+        assert low < found.change_percent < high
+
+
+def test_no_change_is_tested_by_the_differences_alone() -> None:
+    a, b = matrices(2, 9, 5, -0.004)
+    here, new = t_of(a, b, 0.0)
     found = compare(a, b)
-    assert found.resolves_percent == pytest.approx(2 * error)
-    new = np.std(departure.mean(1), ddof=1) / np.sqrt(n)
-    low, high = found.ci95_new_images_percent or (0, 0)
-    assert (high - low) / 2 == pytest.approx(2.306004 * new, rel=1e-5)  # t, 8 degrees of freedom
+    assert found.p_value == pytest.approx(2 * t.sf(abs(here), 2 / 3 * 8 * 4))
+    assert found.p_value_new_images == pytest.approx(2 * t.sf(abs(new), 8))
+    for seed in range(40):
+        found = compare(*matrices(seed, 6, 4, -0.008))
+        assert (found.direction != 0) == ((found.p_value or 0) < 0.05)
+        assert (found.direction_new_images != 0) == ((found.p_value_new_images or 0) < 0.05)
+
+
+def test_two_images_give_a_bound_although_their_loss_itself_is_uncertain() -> None:
+    a, b = matrices(6, 2, 4, -0.5)
+    low, high = compare(a, b).ci95_new_images_percent or (0, 0)
+    assert -1e4 < low < compare(a, b).change_percent < high < 1e4
 
 
 def test_slopes_within_a_level_are_regressed_out() -> None:
@@ -77,10 +106,12 @@ def test_two_levels_are_judged_by_their_difference() -> None:
     departure = 100 * (b - b.mean() / a.mean() * a) / a.mean()
     residual = departure - departure.mean(1, keepdims=True) - departure.mean(0) + departure.mean()
     error = ((residual**2).sum() / (9 - 1)) ** 0.5 / (9 * 2) ** 0.5  # of images and levels
+    plain = 100 * (b - a) / a.mean()
+    rest = plain - plain.mean(1, keepdims=True) - plain.mean(0) + plain.mean()
+    still = ((rest**2).sum() / (9 - 1)) ** 0.5 / (9 * 2) ** 0.5
     found = compare(a, b)
     assert found.resolves_percent == pytest.approx(2 * error)
-    low, high = found.ci95_percent or (0, 0)
-    assert (high - low) / 2 == pytest.approx(2.306004 * error, rel=1e-5)
+    assert found.p_value == pytest.approx(2 * t.sf(abs(100 * (b - a).mean() / a.mean()) / still, 8))
 
 
 def test_too_little_data_gives_no_interval_rather_than_a_wrong_one() -> None:
