@@ -30,8 +30,8 @@ class Comparison:
         change_percent: (mean_b - mean_a) / mean_a.
         ci95_percent: interval on this set; None with one image or one level.
         ci95_new_images_percent: interval for new images; None with one image.
-        resolves_percent: two standard errors on this set.
-        resolves_new_images_percent: two standard errors for new images.
+        resolves_percent: two standard errors of no change on this set: what would be seen.
+        resolves_new_images_percent: the same for new images.
         p_value: of no change on this set, two-sided; None where there is no interval.
         p_value_new_images: of no change on new images, two-sided.
         num_images: n.
@@ -62,11 +62,10 @@ class Comparison:
 
     def images_needed(self, difference_percent: float) -> int | None:
         """Images of this kind that show a difference at two standard errors, new images."""
-        if self.ci95_new_images_percent is None or difference_percent <= 0:
+        resolves = self.resolves_new_images_percent
+        if resolves is None or difference_percent <= 0:
             return None
-        low, high = self.ci95_new_images_percent
-        deviation = (high - low) / 2 / _t(self.num_images - 1) * np.sqrt(self.num_images)
-        return int(np.ceil((2 * deviation / difference_percent) ** 2))
+        return int(np.ceil(self.num_images * (resolves / difference_percent) ** 2))
 
 
 def side(interval: Sequence[float] | None) -> int:
@@ -103,8 +102,8 @@ def compare(a: np.ndarray, b: np.ndarray, u: np.ndarray | None = None) -> Compar
         change_percent=100 * change,
         ci95_percent=here.interval() if here else None,
         ci95_new_images_percent=new.interval() if new else None,
-        resolves_percent=200 * here.error(change) if here else None,
-        resolves_new_images_percent=200 * new.error(change) if new else None,
+        resolves_percent=200 * here.error(0.0) if here else None,
+        resolves_new_images_percent=200 * new.error(0.0) if new else None,
         p_value=here.p_value() if here else None,
         p_value_new_images=new.p_value() if new else None,
         num_images=n,
