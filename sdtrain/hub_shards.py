@@ -223,11 +223,16 @@ def _write(place: Path, data: bytes) -> None:
 
 
 def clear(folder: Path, shards: list[HubShard]) -> None:
-    """Delete what stayed of shards that the set no longer has."""
-    kept = {shard.folder for shard in shards}
+    """Delete what stayed of shards that the set no longer has, and what is beyond the limit."""
+    kept = {shard.folder: shard.keep_bytes for shard in shards}
     for found in folder.iterdir() if folder.is_dir() else ():
         if found not in kept:
             shutil.rmtree(found, ignore_errors=True)
+            continue
+        for page in found.iterdir():
+            held = page.stat().st_size - _DIGEST_BYTES if page.name.isdecimal() else 0
+            if held and int(page.name) + held > kept[found]:
+                page.unlink(missing_ok=True)
 
 
 Ahead = dict[tuple[str, int], Future[bytes]]

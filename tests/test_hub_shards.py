@@ -209,6 +209,17 @@ def test_without_room_nothing_stays_and_nothing_fails(
     assert capsys.readouterr().err.count("almost full") == 1
 
 
+def test_a_lower_limit_deletes_what_is_beyond(hub: HubServer, tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, 10**9)
+    for group, row in places(shard):
+        picture(shard, group, row)
+    before = sorted(int(file.name) for file in shard.folder.glob("[0-9]*"))
+    clear(tmp_path, [shard_of(tmp_path, before[3])])
+    assert sorted(int(file.name) for file in shard.folder.glob("[0-9]*")) == before[:3]
+    clear(tmp_path, [shard_of(tmp_path)])
+    assert [file.name for file in shard.folder.iterdir()] == ["pages.npz"]
+
+
 def test_shards_that_are_no_more_are_cleared(hub: HubServer, tmp_path: Path) -> None:
     shards = [shard_of(tmp_path, 10**9, number) for number in (0, 1)]
     for shard in shards:

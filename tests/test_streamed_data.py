@@ -26,7 +26,7 @@ from sdtrain.trackers.jsonl import read_metrics
 from sdtrain.trainer import train
 from tests.hub_server import HubServer
 from tests.hub_sets import REPO, noise_row, num_fetched, put, streaming_hub, write_noise
-from tests.train_data import write_prepared
+from tests.train_data import write_prepared, write_recipe
 
 STREAM, NOTHING = ["data.streaming=true"], "data.stream_keep_gb=0"
 EVALUATED = [
@@ -150,51 +150,60 @@ def test_what_cannot_be_streamed_is_told_apart(hub: HubServer, tmp_path: Path) -
 # --- runs -----------------------------------------------------------------------------------------
 
 
+Run = Callable[..., dict[str, Any]]
+
+
+def trained(path: Path, *settings: str) -> dict[str, Any]:
+    """Train a recipe; what came out of it, but for the name of the data set."""
+    recipe = load_train_recipe(path, [*EVALUATED, *settings])
+    outcome = train(recipe)
+    lines = read_metrics(recipe.output / "metrics.jsonl")
+    assert outcome.checkpoint is not None
+    files = [Path(outcome.checkpoint) / f"{name}.safetensors" for name in ("trained", "optimizer")]
+    return {
+        "losses": [line["loss"] for line in lines if line["kind"] == "train"],
+        "means": [line["mean"] for line in lines if line["kind"] == "validation"],
+        "tensors": {k: v.numpy().tobytes() for f in files for k, v in load_file(f).items()},
+        "samples": outcome.samples_seen,
+    }
+
+
 @pytest.fixture
-def run(
-    train_recipe: Callable[..., Path], hub: HubServer, folder: Path
-) -> Callable[..., dict[str, Any]]:
-    """Train from the Hub, or from the folder; what came out of it."""
+def run(train_recipe: Callable[..., Path], hub: HubServer) -> Run:
+    """Train from the Hub; takes the name of the output and settings."""
 
-    def trained(output: str, *settings: str, is_local: bool = False) -> dict[str, Any]:
-        path = train_recipe(output=output, data=folder if is_local else Path(REPO))
-        own = [] if is_local else STREAM
-        recipe = load_train_recipe(path, [*own, *EVALUATED, *settings])
-        outcome = train(recipe)
-        lines = read_metrics(recipe.output / "metrics.jsonl")
-        assert outcome.checkpoint is not None
-        return {
-            "losses": [line["loss"] for line in lines if line["kind"] == "train"],
-            "means": [line["mean"] for line in lines if line["kind"] == "validation"],
-            "weights": {
-                file: tensor.numpy().tobytes()
-                for name in ("trained", "optimizer")
-                for file, tensor in load_file(
-                    Path(outcome.checkpoint) / f"{name}.safetensors"
-                ).items()
-            },
-            "samples": outcome.samples_seen,
-        }
+    def streamed(output: str, *settings: str) -> dict[str, Any]:
+        return trained(train_recipe(output=output, data=Path(REPO)), *STREAM, *settings)
 
-    return trained
+    return streamed
 
 
-def test_streamed_and_local_are_one_run_bit_for_bit(
-    run: Callable[..., dict[str, Any]], hub: HubServer
-) -> None:
-    local = run("local", is_local=True)
-    assert (local["samples"], len(local["losses"])) == (22, 6)
-    assert not hub.requests
+@pytest.fixture(scope="module")
+def local(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path], folder: Path
+) -> dict[str, Any]:
+    """The same, trained from the folder."""
+    root = tmp_path_factory.mktemp("local")
+    recipe = write_recipe(
+        root / "local.toml",
+        model=tiny_model("sd15"),
+        data=folder,
+        output=root / "local",
+        family="sd15",
+    )
+    return trained(recipe)
+
+
+def test_streamed_and_local_are_one_run_bit_for_bit(run: Run, local: dict[str, Any]) -> None:
+    assert (local["samples"], len(local["losses"]), len(local["means"])) == (22, 6, 4)
     assert run("streamed") == local
-    assert run("kept nothing", NOTHING) == local
 
 
 @pytest.mark.slow
-def test_workers_fetch_for_themselves(run: Callable[..., dict[str, Any]], hub: HubServer) -> None:
-    local = run("local", is_local=True)
+def test_workers_fetch_for_themselves(run: Run, hub: HubServer, local: dict[str, Any]) -> None:
     hub.has_storage = True
-    assert run("streamed", "data.workers=2") == local
-    assert len(hub.sent_to_storage) > 20
+    assert run("streamed", "data.workers=2", NOTHING) == local
+    assert len(hub.sent_to_storage) > 40
 
 
 def test_training_starts_after_the_first_pictures(
@@ -211,32 +220,33 @@ def test_training_starts_after_the_first_pictures(
     assert words + num_fetched(hub) < whole / 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_network_changes_nothing(
-    run: Callable[..., dict[str, Any]], hub: HubServer
+    run: Run, hub: HubServer, local: dict[str, Any]
 ) -> None:
-    local = run("local", is_local=True)
     asked = iter(range(10**6))
     hub.cut_answer = lambda path: next(asked) % 3 == 1
     assert run("streamed", NOTHING) == local
     assert next(asked) > 30
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_the_network_was_gone(
-    run: Callable[..., dict[str, Any]], hub: HubServer, tmp_path: Path
+    run: Run, hub: HubServer, local: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = run("whole")
-    first = tmp_path / "gone" / "checkpoints" / "8"
+    first = tmp_path / "run" / "checkpoints" / "8"
     hub.answer = lambda method, path: 503 if first.exists() else None
-    with pytest.raises(DataError, match="cannot be fetched"):
-        run("gone", NOTHING)
+    with pytest.raises(DataError, match=r"row \d+ .*cannot be fetched"):
+        run("run", NOTHING)
     assert first.is_dir()
     hub.answer = lambda method, path: None
-    again = run("gone", NOTHING)
-    assert (again["weights"], again["losses"][-3:]) == (whole["weights"], whole["losses"][-3:])
+    again = run("run", NOTHING)
+    assert (again["tensors"], again["losses"][-3:]) == (local["tensors"], local["losses"][-3:])
 
 
+@pytest.mark.slow
 def test_with_cached_latents_a_picture_is_fetched_once(
-    run: Callable[..., dict[str, Any]], hub: HubServer
+    run: Run, hub: HubServer, train_recipe: Callable[..., Path], folder: Path
 ) -> None:
     none = ("validation.images=0", "validation.train_probe_images=0")
     more = (*none, "train.samples=44")
@@ -245,12 +255,13 @@ def test_with_cached_latents_a_picture_is_fetched_once(
     longer = run("second", *CENTRE, *more, NOTHING)
     assert not [path for path, _, _ in hub.ranges if path.startswith("data/train")]
     assert longer["samples"] == 44
-    without = run("third", "data.crop=centre", *more, is_local=True)
-    assert longer["weights"] == without["weights"]
+    from_folder = trained(train_recipe(output="third", data=folder), "data.crop=centre", *more)
+    assert longer == from_folder
 
 
+@pytest.mark.slow
 def test_a_set_that_moved_on_is_refused_and_its_commit_named(
-    run: Callable[..., dict[str, Any]], hub: HubServer, tmp_path: Path
+    run: Run, hub: HubServer, tmp_path: Path
 ) -> None:
     old = hub.repositories[REPO].head
     run("run")
