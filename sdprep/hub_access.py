@@ -173,23 +173,23 @@ def in_words(error: BaseException, repo: str) -> BaseException:
     status = status_of(error)
     if status is None and not may_pass(error):
         return error
-    said = _said(error)
+    words = said(error)
     if status == 401:
         return UserError("the Hub does not accept the token: it is wrong, or has expired", LOGIN)
     if status == 403:
         return UserError(
-            f"the Hub does not let you write to {repo}: {said}",
+            f"the Hub does not let you write to {repo}: {words}",
             "Needed: a token with write access to that name, and room in its storage.",
         )
     if status is not None and status not in MAY_PASS:
-        return UserError(f"the Hub refused {repo} ({status}): {said}")
+        return UserError(f"the Hub refused {repo} ({status}): {words}")
     return UserError(
-        f"no luck with the Hub while working on {repo}: {said}",
+        f"no luck with the Hub while working on {repo}: {words}",
         "What has arrived stays there. Run the same command again: only the rest is sent.",
     )
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """One line of what went wrong, without the token and without signed addresses."""
     from huggingface_hub import get_token
 

@@ -27,8 +27,10 @@ WHOLE_HERE = Engine(ALONE)
 FORMAT_VERSION = 1
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 
+DATA = "data_fingerprint"
 FREE_KEYS = (
     *("output", "model.path", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
+    *("data.revision", "data.streaming", "data.stream_keep_gb"),
     *("precision.device", "ema.device", "ema.hand_over", "validation.stop"),
     *("cache.latents", "cache.text", "cache.path"),
     *("sampling", "tracking", "distributed"),
@@ -318,9 +320,20 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, t
 
 
 def refuse_changes(
-    path: Path, saved: Mapping[str, Any], current: Mapping[str, Any], accepted: Sequence[str]
+    path: Path,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    accepted: Sequence[str],
+    about_data: str = "",
 ) -> list[str]:
     """Compare a checkpoint with what is about to run.
+
+    Args:
+        path: the checkpoint.
+        saved: the conditions that it was made under.
+        current: those of the run.
+        accepted: keys that may differ.
+        about_data: what is said where the data differ.
 
     Returns:
         the accepted differences, one sentence each.
@@ -340,6 +353,7 @@ def refuse_changes(
         flags = " ".join(f"--accept-change {key}" for key in refused)
         raise UserError(
             f"{path} was made under other conditions:\n" + "\n".join(lines),
+            f"{about_data if DATA in refused else ''}"
             f"Change them back, use another output, or accept: {flags}",
         )
     return [f"{key}: {found[key][0]!r} -> {found[key][1]!r}" for key in sorted(taken)]

@@ -121,8 +121,11 @@ def open_data(
     Raises:
         DataError: it is missing, of an unknown schema version, or has no pictures or texts.
     """
-    from sdtrain import hub_data, prepared_data, table_data
+    from sdtrain import hub_data, prepared_data, streamed_data, table_data
+    from sdtrain.hub_files import pinned
 
+    if section.streaming:
+        section = pinned(section)
     path = Path(section.path)
     if path.suffix == ".lance" and (path / "_versions").is_dir() and table_data.is_curated(path):
         splits = table_data.open_table(path, with_boxes=with_boxes)
@@ -130,7 +133,9 @@ def open_data(
     else:
         manifest = hub_data.manifest(section)
         policy = validate((manifest or {}).get("policy") or {}, PromptPolicy, f"{path}/{MANIFEST}")
-        if manifest and prepared_data.shards(path, "train"):
+        if section.streaming:
+            splits = streamed_data.open_streamed(section, manifest, with_boxes=with_boxes)
+        elif manifest and prepared_data.shards(path, "train"):
             splits = prepared_data.open_prepared(path, with_boxes=with_boxes)
         else:
             splits = hub_data.open_splits(section, is_published=bool(manifest))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from sdtrain.ahead import expect
 from sdtrain.ids import Ids
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ class JoinedRows:
     def sources(self, rows: Sequence[int]) -> list[str | None]:
         """Where some rows came from."""
         return self._ask(rows, lambda split, own: split.sources(own))
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """Ask each split for its own."""
+        expect(self._first, [row for row in rows if row < self.num_first])
+        expect(self._second, [row - self.num_first for row in rows if row >= self.num_first])
 
     def image(self, row: int) -> Image.Image:
         """The upright RGB picture of one row."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdprep.errors import DataError, UserError
 from sdprep.seeding import uniform
+from sdtrain.ahead import expect
 from sdtrain.batch import Batch, MicroConditioning
 from sdtrain.buckets import Slot, Step, micro_batches
 from sdtrain.noise import independent_u, stratified_u
@@ -112,6 +113,7 @@ class BatchReader:
             stored_latents = self._stored.latents_of(self._rows, slots, crops, shape)
             stored_text = self._stored.text_of(prompts)
         is_there = stored_latents.entries if stored_latents else {}
+        expect(self._rows, [slot.row for at, slot in enumerate(slots) if at not in is_there])
         views = {at: self._view(slot) for at, slot in enumerate(slots) if at not in is_there}
         micro = [
             views[at][1] if at in views else self._stored_micro(slot)

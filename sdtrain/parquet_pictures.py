@@ -14,11 +14,12 @@ from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
+from sdtrain.thrift import read_struct, read_varint
+
 BYTES_LEAF, STRUCT = "image.bytes", "image"
 _HEADER_BYTES = 256  # of a page; statistics are not written for pictures
 _DATA_PAGE, _PLAIN, _RLE = 0, 0, 3
 _PRESENT = 2  # definition level of a value in a nullable struct
-_I32_TYPES = (5, 6)  # compact protocol: i32, i64
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,22 @@ def read_picture(place: Place) -> bytes | None:
     return None if cell is None else cell["bytes"]
 
 
+def picture_of_page(page: bytes, index: int) -> bytes | None:
+    """The stored bytes of one picture of a whole page, header and all.
+
+    Args:
+        page: as it lies in the file.
+        index: row of the page.
+
+    Returns:
+        None if it is no page as published shards have them.
+    """
+    header = _page_header(page)
+    if header is None or len(page) != header.length + header.num_bytes:
+        return None
+    return _value(page[header.length :], header.num_values, index)
+
+
 @lru_cache(maxsize=8)
 def _opened(file: Path) -> pq.ParquetFile:
     return pq.ParquetFile(file)
@@ -88,7 +105,7 @@ def _walk(file: BinaryIO, place: Place) -> bytes | None:
 
 def _value(page: bytes, num_values: int, index: int) -> bytes | None:
     levels = int.from_bytes(page[:4], "little")
-    run, at = _varint(page, 4)
+    run, at = read_varint(page, 4)
     # One run of equal levels, all present: what is written where no row lacks its picture.
     if run != num_values << 1 or page[at] != _PRESENT or at + 1 != 4 + levels:
         return None
@@ -99,7 +116,7 @@ def _value(page: bytes, num_values: int, index: int) -> bytes | None:
     return page[at + 4 : at + 4 + length]
 
 
-# --- the header of a page, in Thrift's compact protocol ------------------------------------------
+# --- the header of a page -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,7 @@ def _page_header(data: bytes) -> _PageHeader | None:
     Source: parquet-format, parquet.thrift, PageHeader and DataPageHeader.
     """
     try:
-        page, at = _struct(data, 0)
+        page, at = read_struct(data)
     except (IndexError, ValueError):
         return None
     inside = page.get(5)
@@ -124,47 +141,3 @@ def _page_header(data: bytes) -> _PageHeader | None:
     if inside.get(2) != _PLAIN or inside.get(3) != _RLE:
         return None
     return _PageHeader(at, page[3], inside[1])
-
-
-def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
-    """The fields of a struct by number, and where it ends."""
-    fields: dict[int, Any] = {}
-    number = 0
-    while data[at]:
-        kind, delta = data[at] & 15, data[at] >> 4
-        at += 1
-        if delta:
-            number += delta
-        else:
-            number, at = _zigzag(data, at)
-        fields[number], at = _field(data, at, kind)
-    return fields, at + 1
-
-
-def _field(data: bytes, at: int, kind: int) -> tuple[Any, int]:
-    if kind in (1, 2):  # booleans are in the kind
-        return kind == 1, at
-    if kind in _I32_TYPES:
-        return _zigzag(data, at)
-    if kind == 8:  # binary
-        length, at = _varint(data, at)
-        return data[at : at + length], at + length
-    if kind == 12:
-        return _struct(data, at)
-    raise ValueError(f"field of kind {kind}")
-
-
-def _zigzag(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return (value >> 1) ^ -(value & 1), at
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at += 1
-        if byte < 128:
-            return value, at
-        shift += 7

@@ -25,6 +25,7 @@ from sdprep.console import progress, say
 from sdprep.errors import DataError, UserError
 from sdprep.schema import BOX, MANIFEST
 from sdprep.seeding import digest
+from sdtrain.hub_shards import HubShard
 from sdtrain.parquet_pictures import BYTES_LEAF, chunk_span
 from sdtrain.repeats import whole_repeats
 from sdtrain.text_columns import SCHEMA, canonical, digest_sum, total
@@ -34,6 +35,7 @@ BATCH_ROWS = 65_536
 MOST_PARTS = 256
 NEEDED = ("id", "image", "width", "height")
 SOURCE, BOXES = pa.field("source", pa.string()), pa.field("boxes", pa.list_(BOX))
+Shard = Path | HubShard
 _SLOW_ROWS = 200_000
 _MOST_THREADS = 16
 
@@ -48,7 +50,7 @@ class Part:
     """
 
     stem: Path
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
 
     @property
     def texts(self) -> Path:
@@ -66,7 +68,7 @@ class Part:
         return self.stem.with_suffix(".json")
 
 
-def index_parts(shards: Sequence[Path], cache: Path, *, with_boxes: bool) -> list[Part]:
+def index_parts(shards: Sequence[Shard], cache: Path, *, with_boxes: bool) -> list[Part]:
     """The parts of one split, made as far as they are not there.
 
     Args:
@@ -82,8 +84,7 @@ def index_parts(shards: Sequence[Path], cache: Path, *, with_boxes: bool) -> lis
     parts = []
     for start in range(0, len(shards), together):
         files = tuple(shards[start : start + together])
-        states = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-        key = digest("index", VERSION, with_boxes, files[0].parent.resolve(), *states)
+        key = digest("index", VERSION, with_boxes, *map(_state, files))
         kind = "boxes" if with_boxes else "plain"
         name = files[0].name.partition("-")[0]  # the split
         parts.append(Part(cache / f"{name}-{kind}-{start:05d}-{key}", files))
@@ -95,8 +96,9 @@ def index_parts(shards: Sequence[Path], cache: Path, *, with_boxes: bool) -> lis
 
 
 def _make(parts: Sequence[Part], cache: Path, with_boxes: bool) -> None:
-    num_rows = sum(_opened(shard).metadata.num_rows for part in parts for shard in part.shards)
-    threads = min(len(parts), os.cpu_count() or 1, _MOST_THREADS)
+    num_rows = sum(_num_rows(shard) for part in parts for shard in part.shards)
+    is_far = isinstance(parts[0].shards[0], HubShard)  # then threads wait more than they work
+    threads = min(len(parts), _MOST_THREADS if is_far else os.cpu_count() or 1, _MOST_THREADS)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if num_rows > _SLOW_ROWS:
@@ -133,7 +135,7 @@ def _write(part: Part, with_boxes: bool) -> int:
 
 
 def _tables(
-    shards: Sequence[Path], further: Sequence[pa.Field], groups: list[tuple[int, ...]]
+    shards: Sequence[Shard], further: Sequence[pa.Field], groups: list[tuple[int, ...]]
 ) -> Iterator[pa.Table]:
     """The rows of some shards, some ten thousand at a time; notes down the row groups."""
     for index, shard in enumerate(shards):
@@ -152,16 +154,27 @@ def _tables(
                     first, span, rows = first + rows, [], 0
 
 
-def _opened(shard: Path) -> pq.ParquetFile:
+def _state(shard: Shard) -> str:
+    """What changes with the rows of a file."""
+    if isinstance(shard, HubShard):
+        return f"{shard.name} {shard.oid}"
+    return f"{shard.name} {shard.stat().st_size} {shard.stat().st_mtime_ns}"
+
+
+def _num_rows(shard: Shard) -> int:
+    return shard.num_rows if isinstance(shard, HubShard) else _opened(shard).metadata.num_rows
+
+
+def _opened(shard: Shard) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(shard)
+        return pq.ParquetFile(shard.words() if isinstance(shard, HubShard) else shard)
     except pa.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{shard} is no Parquet file: {reason}", "Publish it again.") from None
 
 
 def _columns(
-    file: pq.ParquetFile, shard: Path, further: Sequence[pa.Field]
+    file: pq.ParquetFile, shard: Shard, further: Sequence[pa.Field]
 ) -> tuple[int, list[str]]:
     """Number of the column with the pictures' bytes, and the columns to read."""
     leaves = [file.schema.column(index).path for index in range(len(file.schema.names))]
@@ -179,7 +192,7 @@ def _columns(
     return leaves.index(BYTES_LEAF), columns
 
 
-def _conformed(table: pa.Table, shard: Path, first: int, further: Sequence[pa.Field]) -> pa.Table:
+def _conformed(table: pa.Table, shard: Shard, first: int, further: Sequence[pa.Field]) -> pa.Table:
     """The rows under the index's schema, checked."""
     names = table["id"].to_pylist() if "id" in table.column_names else []
     repeats = whole_repeats(table, names, f"{shard}, row {first}")
@@ -201,7 +214,7 @@ def _conformed(table: pa.Table, shard: Path, first: int, further: Sequence[pa.Fi
     return pa.table(columns, pa.schema([*SCHEMA, *further]))
 
 
-def _cast(column: Any, field: pa.Field, shard: Path) -> Any:
+def _cast(column: Any, field: pa.Field, shard: Shard) -> Any:
     try:
         return column.cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -52,7 +52,8 @@ class PriorSection(Section):
     def data(self, like: DataSection) -> DataSection:
         """The same as a `[data]` section."""
         own = ("path", "revision", "image_column", "caption_column")
-        return like.model_copy(update={key: getattr(self, key) for key in own})
+        found = {key: getattr(self, key) for key in own}
+        return like.model_copy(update={**found, "streaming": False, "stream_keep_gb": None})
 
 
 @dataclass(frozen=True)

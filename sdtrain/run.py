@@ -268,12 +268,21 @@ def begin(setup: Setup, folder: RunFolder, *, resume: str, accept: Sequence[str]
         return run
     snapshot = world.everywhere(lambda: checkpoint.read(path))
     saved = snapshot.state["conditions"]
-    for change in checkpoint.refuse_changes(path, saved, setup.conditions(), accept):
+    about_data = _moved(snapshot, setup)
+    for change in checkpoint.refuse_changes(path, saved, setup.conditions(), accept, about_data):
         say(f"accepted change: {change}")
     run.restore(snapshot)
     world.on_main(lambda: checkpoint.set_aside_newer(folder.checkpoints, run.samples_seen))
     say(f"resuming from {path}")
     return run
+
+
+def _moved(snapshot: checkpoint.Snapshot, setup: Setup) -> str:
+    """How to get the data of a checkpoint back, as a sentence, if they moved on at the Hub."""
+    before = snapshot.state["data"].get("revision")
+    if before is None or before == setup.data.provenance["revision"]:
+        return ""
+    return f'The checkpoint was trained on data.revision = "{before}". '
 
 
 def _chosen(folder: RunFolder, resume: str) -> Path | None:

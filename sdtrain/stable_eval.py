@@ -19,6 +19,7 @@ from torch import Tensor
 from sdprep.buckets import Bucket
 from sdprep.console import warn
 from sdprep.errors import DataError
+from sdtrain.ahead import expect
 from sdtrain.batch import Batch, MicroConditioning
 from sdtrain.dataset import Rows
 from sdtrain.family import Family
@@ -32,6 +33,8 @@ from sdtrain.resolution import expected_from
 from sdtrain.step import denoising_loss
 from sdtrain.world import ALONE, World
 
+FORWARDS_AHEAD = 16
+"""Forwards whose pictures are announced, where these come over a network."""
 MOST_GROUPS = 8
 """Tags that a validation line names at either end."""
 
@@ -118,7 +121,9 @@ class ProbeSet:
         mine, most = shares[self.world.rank], max(map(len, shares))
         sums_and_counts = torch.zeros(2, len(points))
         with evaluation_mode(self.family), torch.no_grad():
-            for group in mine + [mine[0] if mine else [0]] * (most - len(mine)):
+            forwards = mine + [mine[0] if mine else [0]] * (most - len(mine))
+            for turn, group in enumerate(forwards):
+                self._expect(points, forwards[turn : turn + FORWARDS_AHEAD])
                 batch, latents = self._batch([points[at] for at in group])
                 losses = denoising_loss(self.family, batch, mse, latents=latents)
                 sums_and_counts[0, group] = losses.float().cpu()
@@ -167,6 +172,12 @@ class ProbeSet:
             u=torch.tensor([point.u for point in points], dtype=torch.float64),
         )
         return batch.to(self.device), latents
+
+    def _expect(self, points: Sequence[Point], groups: Sequence[Sequence[int]]) -> None:
+        """Announce the pictures of the next forwards, as far as they are not encoded yet."""
+        images = dict.fromkeys(points[at].image for group in groups for at in group)
+        new = [self.probe.images[image].id for image in images if image not in self._latents]
+        expect(self.rows, [self._row_of[id_] for id_ in new])
 
     def _encoded(self, index: int) -> Tensor:
         """Scaled latents of one image, (C, h, w), encoded alone: no batch mate can change them."""

@@ -12,69 +12,15 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.hub_repository import Entry, Refused, Repository
+
 TOKEN = "hf_" + "loopbackSECRET"
 LARGE = (".parquet", ".lance", ".jpg", ".png")  # what .gitattributes of a data set sends to LFS
 BLOCK = 8192
-
-
-@dataclass
-class Entry:
-    """One file of a commit: its bytes, and whether it lies in LFS."""
-
-    content: bytes
-    is_large: bool
-
-    def git_id(self) -> str:
-        shown = pointer(self.content) if self.is_large else self.content
-        return hashlib.sha1(b"blob %d\0" % len(shown) + shown).hexdigest()
-
-    def describe(self, path: str) -> dict[str, Any]:
-        found = {"type": "file", "path": path, "size": len(self.content), "oid": self.git_id()}
-        if self.is_large:
-            sha256 = hashlib.sha256(self.content).hexdigest()
-            found["lfs"] = {"oid": sha256, "size": len(self.content), "pointerSize": 130}
-        return found
-
-
-def pointer(content: bytes) -> bytes:
-    sha256 = hashlib.sha256(content).hexdigest()
-    lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{sha256}")
-    return "\n".join([*lines, f"size {len(content)}", ""]).encode()
-
-
-@dataclass
-class Repository:
-    private: bool
-    commits: list[tuple[str, str, dict[str, Entry]]] = field(default_factory=list)
-
-    @property
-    def head(self) -> str:
-        return self.commits[-1][0]
-
-    @property
-    def files(self) -> dict[str, Entry]:
-        return self.commits[-1][2]
-
-    def at(self, revision: str) -> dict[str, Entry] | None:
-        if revision == "main":
-            return self.files
-        return next((files for oid, _, files in self.commits if oid == revision), None)
-
-    def commit(self, message: str, files: dict[str, Entry]) -> str:
-        oid = hashlib.sha1(f"{len(self.commits)} {message}".encode()).hexdigest()
-        self.commits.append((oid, message, files))
-        return oid
-
-
-class Refused(Exception):
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
 
 
 class HubServer:
@@ -99,10 +45,17 @@ class HubServer:
         self.lock = threading.RLock()
         self.requests: list[str] = []  # "METHOD path"
         self.bytes_received = 0  # in PUT bodies, whole or not
+        self.ranges: list[tuple[str, int, int]] = []  # what was sent of files: path, start, end
+        self.has_storage = False  # whether large files are handed out by another address
+        self.sent_to_storage: list[dict[str, str]] = []  # headers of what was asked there
+        self.signature = "signedSECRET"
+        self.knows_parts = True
+        self.retry_after = ""  # said with every refusal
         self.moments = 0
         self.on_moment: Callable[[int], None] = lambda moment: None
         self.answer: Callable[[str, str], int | None] = lambda method, path: None
         self.cut: Callable[[str, int], bool] = lambda path, received: False
+        self.cut_answer: Callable[[str], bool] = lambda path: False  # in its middle
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
         self.server.daemon_threads = True
@@ -290,6 +243,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 if path.startswith("/datasets/") and "/resolve/" in path:
                     self._file(path)
                     return
+                if path.startswith("/storage/"):
+                    self._stored(path, query)
+                    return
                 if not path.startswith(("/store/", "/part/", "/complete/")):
                     self._authorize()
                 with hub.lock:
@@ -300,6 +256,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     self._send(refused.status, b"<Error/>", {})
                     return
                 headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
+                headers["Retry-After"] = hub.retry_after
                 text = json.dumps({"error": refused.message}).encode()
                 self._send(refused.status, text, {k: v for k, v in headers.items() if v})
 
@@ -370,20 +327,44 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             files = found.at(revision) or {}
             if name not in files:
                 raise Refused(404, "Entry not found", "EntryNotFound")
-            content, status = files[name].content, 200
+            content = files[name].content
             headers = {
                 "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "X-Repo-Commit": found.head if revision == "main" else revision,
                 "Accept-Ranges": "bytes",
             }
-            if wanted := self.headers.get("Range"):
+            if hub.has_storage and files[name].is_large and self.command == "GET":
+                oid = hashlib.sha256(content).hexdigest()
+                hub.storage[oid] = content
+                place = f"http://localhost:{hub.server.server_port}/storage/{oid}/{name}"
+                headers["Location"] = f"{place}?Signature={hub.signature}"
+                self._send(302, b"", headers)
+                return
+            self._part(name, content, headers)
+
+        def _stored(self, path: str, query: dict[str, list[str]]) -> None:
+            """The other address: it knows signatures only."""
+            hub.sent_to_storage.append(dict(self.headers))
+            if query.get("Signature") != [hub.signature]:
+                raise Refused(403, "Request has expired")
+            oid, _, name = path.removeprefix("/storage/").partition("/")
+            self._part(name, hub.storage[oid], {})
+
+        def _part(self, name: str, content: bytes, headers: dict[str, str]) -> None:
+            status, start, end = 200, 0, len(content) - 1
+            if (wanted := self.headers.get("Range")) and hub.knows_parts:
                 first, _, last = wanted.removeprefix("bytes=").partition("-")
                 start, end = int(first), min(int(last or len(content) - 1), len(content) - 1)
                 headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
                 content, status = content[start : end + 1], 206
-            self._send(status, content, headers)
+            if self.command == "GET":
+                with hub.lock:
+                    hub.ranges.append((name, start, end + 1))
+            self._send(status, content, headers, is_cut=hub.cut_answer(name))
 
-        def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        def _send(
+            self, status: int, content: bytes, headers: dict[str, str], *, is_cut: bool = False
+        ) -> None:
             hub.moment()
             try:
                 self.send_response(status)
@@ -392,7 +373,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(content)
+                    self.wfile.write(content[: len(content) // 2] if is_cut else content)
+                if is_cut:
+                    self.close_connection = True
                 hub.moment()
             except OSError:
                 self.close_connection = True  # the other side is gone

@@ -31,7 +31,8 @@ from sdprep.recipe import validate
 from sdprep.seeding import integer
 from sdprep.stages import publish_preview, publish_stage
 from sdprep.table import PhotoTable
-from tests.hub_server import TOKEN, Entry, HubServer, Repository
+from tests.hub_repository import Entry, Repository
+from tests.hub_server import TOKEN, HubServer
 from tests.test_publish import add, contents, core_row, split_by_number
 
 REPO = "user/name"
