@@ -245,10 +245,7 @@ def _normal(key: str) -> str:
 def _raw_or_averaged(
     path: Path, tensors: dict[str, Tensor], wanted: Mapping[str, keys.Entry]
 ) -> dict[str, Tensor]:
-    """The UNet's own weights, or where a file has only their average (EMA) that; it says which.
-
-    Averages lie under `model_ema.` and the key of the weight less `model.` and its other dots.
-    """
+    """The UNet's own weights, or where a file has only their average (EMA) that; it says which."""
     averaged = [key for key in tensors if key.startswith(AVERAGED)]
     if not averaged:
         return tensors
@@ -258,6 +255,7 @@ def _raw_or_averaged(
             f"(EMA) tensors under {AVERAGED} are not"
         )
         return tensors
+    # An average has the key of its weight, less `model.` and all dots.
     own = {AVERAGED + k.removeprefix("model.").replace(".", ""): k for k in wanted}
     say(f"{path.name}: its averaged (EMA) weights are used, there are no others")
     return {own.get(key, key): tensor for key, tensor in tensors.items()}
@@ -287,14 +285,13 @@ def _refuse_other_names(
             "Set model.family to what it is; model.config names a folder with other sizes.",
         )
     markers = (V_MARKER, ZERO_SNR_MARKER)
-    unused = [k for k in others if not k.startswith(AVERAGED) and k not in markers]
-    if unused:
+    if unused := [k for k in others if not k.startswith(AVERAGED) and k not in markers]:
         warn(f"{path}: not used are {_some(unused)}")
 
 
 def _place(key: str) -> str:
     """The network that a key belongs to, with the first word below it; nothing for other keys."""
-    prefix = next((prefix for prefix in _NETWORKS if key.startswith(prefix)), "")
+    prefix = next(filter(key.startswith, _NETWORKS), "")
     return prefix and prefix + key.removeprefix(prefix).partition(".")[0]
 
 
