@@ -269,6 +269,26 @@ def test_verify_names_an_entry_that_is_another_picture_and_training_one_of_anoth
         trained(path, *CACHED, f"cache.path={store.path.parent}")
 
 
+@pytest.mark.parametrize("at", [None, -20, -200])
+def test_a_table_whose_files_are_damaged_is_named(tmp_path: Path, at: int | None) -> None:
+    entries = [
+        pack(bytes([n]) * 16, f"image {n}", "fp16", {"mean": torch.ones(4, 16, 16).half()})
+        for n in range(8)
+    ]
+    EntryStore(tmp_path / "latents.lance").append(entries)
+    file = max((tmp_path / "latents.lance/data").iterdir(), key=lambda each: each.stat().st_size)
+    content = bytearray(file.read_bytes())
+    if at is None:
+        del content[len(content) // 2 :]
+    else:
+        content[at] ^= 255
+    file.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"latents\.lance is damaged and cannot be read"):
+        list(EntryStore(tmp_path / "latents.lance").scan())
+    with pytest.raises(DataError, match=r"latents\.lance is damaged and cannot be read"):
+        EntryStore(tmp_path / "latents.lance").get([entries[0].key])
+
+
 def test_many_writers_may_fill_one_cache_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a folder, größer" / "latents.lance"
 
@@ -363,3 +383,20 @@ def test_text_is_cached_only_where_it_is_fixed(train_recipe: Recipe, prepared_fo
     batch = setup.encoder.encoded(setup.reader(stored=True).batch(part.slots, part.u))
     assert batch.conditioning is None  # the forward makes it, with gradients
     assert batch.stored_text is None
+
+
+def test_an_empty_prompt_that_is_zeros_is_sound(train_recipe: Recipe) -> None:
+    options = ("cache.latents=false", "model.uncond=zero")
+    setup = setup_of(train_recipe("sdxl"), *options)
+    fill(setup)
+    count = setup.caches.text.store
+    found = verify(setup, sample=len(count))["text"]
+    assert found["encoded_again"] == len(count)
+    assert found["bad"] == []
+    (empty,) = [entry for entry in count.scan() if entry.label == "''"]
+    assert not any(tensor.any() for tensor in empty.tensors().values())
+    count.drop([empty.key])
+    ones = {name: torch.ones_like(tensor) for name, tensor in empty.tensors().items()}
+    count.append([pack(empty.key, empty.label, empty.dtype, ones)])
+    bad = verify(setup, sample=len(count))["text"]["bad"]
+    assert [each["label"] for each in bad] == ["''"]

@@ -209,3 +209,60 @@ def test_what_does_not_fit_is_named(tiny_model: Callable[[str], Path], tmp_path:
         opened(path, folder)
     with pytest.raises(UserError, match="single file"):
         config_for("family", "sd15")().build(str(path), revision="main")
+
+
+def averaged_name(key: str) -> str:
+    """As the first public code calls the average of a weight."""
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def test_averaged_weights_are_used_where_there_are_no_others_and_it_is_said(
+    tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = shaken(tiny_model("sd15"))
+    path = written(family, tmp_path / "a.safetensors")
+    raw = [key for key in load_file(str(path)) if key.startswith("model.diffusion_model.")]
+
+    def add_averages(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({averaged_name(key): tensors[key] + 1 for key in raw})
+        tensors["model_ema.decay"] = torch.tensor(0.9)
+
+    both = opened(changed_file(path, add_averages), tiny_model("sd15"))
+    assert f"its {len(raw) + 1} averaged (EMA) tensors under model_ema. are not" in (
+        capsys.readouterr().err
+    )
+    assert torch.equal(predict(both), predict(family))
+
+    alone = opened(
+        changed_file(path, lambda tensors: [tensors.pop(key) for key in raw]), tiny_model("sd15")
+    )
+    assert "its averaged (EMA) weights are used" in capsys.readouterr().err
+    found = dict(alone.named_parameters())
+    for name, parameter in family.named_parameters():
+        assert torch.equal(found[name], parameter + name.startswith("unet.")), name
+
+
+def test_a_network_that_is_not_there_is_named_and_what_no_picture_needs_is_left_out(
+    tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_model("sdxl")
+    path = written(shaken(folder), tmp_path / "a.safetensors")
+    more = ("first_stage_model.loss.logvar", "conditioner.embedders.1.model.visual.proj", "betas")
+    changed_file(path, lambda t: t.update({key: torch.ones(1) for key in more}))
+    opened(path, folder)
+    said = " ".join(capsys.readouterr().err.split())
+    assert all(key in said for key in more)
+
+    def without_vae(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith("first_stage_model.")]:
+            del tensors[key]
+
+    with pytest.raises(DataError, match=r"has no VAE \(first_stage_model\.…\)"):
+        opened(changed_file(path, without_vae), folder)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"state_dict": [1]}])
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(DataError, match="not tensors by name"):
+        config_for("family", "sd15")().build(str(tmp_path / "a.ckpt"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from sdprep.errors import UserError
 from sdprep.plugins import config_for, configs
@@ -193,3 +194,8 @@ def test_a_prediction_type_without_a_rule_is_refused(name: str) -> None:
     for kind in others:
         with pytest.raises(UserError, match=f"{name} has no rule for prediction type '{kind}'"):
             weighting(name)(torch.ones(2), kind)
+
+
+def test_a_clamp_at_infinity_is_refused() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        weighting("min_snr", gamma=float("inf"))  # inf / inf where there is no noise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ SCHEMA = pa.schema(
     ]
 )
 
+_LANCE_ERRORS = (OSError, ValueError, RuntimeError)  # it has no class of its own
 _LOOK_AGAIN_SECONDS = 5.0
 _MANY_FRAGMENTS = 64
 _FRAGMENT_BYTES = 512 * 2**20
@@ -135,9 +137,15 @@ class EntryStore:
     def scan(self, rows_at_once: int = 64) -> Iterator[Entry]:
         """Every entry, in the order of storage."""
         self.refresh()
-        if self._dataset is not None:
-            for batch in self._dataset.to_batches(columns=SCHEMA.names, batch_size=rows_at_once):
-                yield from _entries(pa.Table.from_batches([batch]))
+        if self._dataset is None:
+            return
+        batches = self._dataset.to_batches(columns=SCHEMA.names, batch_size=rows_at_once)
+        while True:
+            with _readable(self.path):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield from _entries(pa.Table.from_batches([batch]))
 
     def drop(self, keys: Iterable[bytes]) -> None:
         """Delete entries, so that they are encoded again."""
@@ -172,7 +180,8 @@ class EntryStore:
         import lance
 
         self._looked = time.monotonic()
-        dataset = lance.dataset(str(self.path))
+        with _readable(self.path):
+            dataset = lance.dataset(str(self.path))
         if self._dataset is not None and dataset.version == self._dataset.version:
             return
         _require_ours(dataset, self.path)
@@ -182,7 +191,8 @@ class EntryStore:
         if names[:known] != self._fragments:  # rows were moved or deleted
             known, self._halves, self._order = 0, self._halves[:0], self._order[:0]
         new = fragments[known:]
-        keys = dataset.scanner(columns=["key"], fragments=new).to_table()["key"] if new else []
+        with _readable(self.path):
+            keys = dataset.scanner(columns=["key"], fragments=new).to_table()["key"] if new else []
         halves = np.fromiter((_half(key.as_py()) for key in keys), np.uint64, len(keys))
         order = np.concatenate([self._order, np.arange(len(halves)) + len(self._order)])
         halves = np.concatenate([self._halves, halves])
@@ -213,9 +223,9 @@ class EntryStore:
             try:
                 rows = self._dataset.take(list(places.values()), columns=list(columns))
                 return list(places), rows
-            except (OSError, ValueError):  # another process may have tidied this version away
+            except _LANCE_ERRORS as error:  # another process may have tidied this version away
                 if attempt:
-                    raise
+                    raise _unreadable(self.path, error) from None
                 self._forget()
                 self.refresh()
         return [], SCHEMA.empty_table()
@@ -229,6 +239,22 @@ class EntryStore:
         at[at == len(self._halves)] = 0
         is_there = self._halves[at] == wanted
         return {int(i): int(self._order[at[i]]) for i in np.flatnonzero(is_there)}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Name the table whose files are damaged beyond what checksums of entries can tell."""
+    try:
+        yield
+    except _LANCE_ERRORS as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path} is damaged and cannot be read: {str(error).splitlines()[0]}",
+        f"Delete the folder {path.name}; sdtrain cache RECIPE encodes its entries anew.",
+    )
 
 
 def _require_ours(dataset: lance.LanceDataset, path: Path) -> None:

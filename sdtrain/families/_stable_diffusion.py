@@ -20,7 +20,7 @@ from sdtrain.batch import MicroConditioning
 from sdtrain.ddpm import DdpmObjective, objective_from_scheduler
 from sdtrain.flow import FlowObjective
 from sdtrain.formats import diffusers as diffusers_folder
-from sdtrain.formats.schedulers import ddpm_scheduler, is_flow
+from sdtrain.formats.schedulers import ddpm_scheduler, is_edm, is_flow
 from sdtrain.freeze_plan import tensor_hash
 from sdtrain.paths import canonical_path, is_adapter
 from sdtrain.text import (
@@ -138,6 +138,12 @@ class StableDiffusion:
                 f"with flow matching ({type(folder.scheduler).__name__})",
                 "Set model.family to one that does flow matching: sdtrain plugins.",
             )
+        if is_edm(folder.scheduler):
+            raise UserError(
+                f"the checkpoint was trained with the noise levels of EDM "
+                f"({type(folder.scheduler).__name__}), which no family here has",
+                "Use a checkpoint that predicts epsilon or v, or the flow.",
+            )
         objective = objective_from_scheduler(
             folder.scheduler.config, options.prediction_type, options.zero_terminal_snr
         )
@@ -194,17 +200,26 @@ class StableDiffusion:
         return found.mode(), found.std
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """Less the VAE's shift, times its scale."""
-        config: Any = self.parts["vae"].config
-        return (latents - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+        """Less the VAE's shift, times its scale; both may be those of each channel."""
+        shift, scale = self._latent_scale(latents.device)
+        return (latents - shift) * scale
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents to pixels (B, 3, H, W) float32 in [-1, 1]."""
         vae: Any = self.parts["vae"]
-        shift = getattr(vae.config, "shift_factor", None) or 0
+        shift, scale = self._latent_scale(latents.device)
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
-            pixels = vae.decode(latents.float() / vae.config.scaling_factor + shift).sample
+            pixels = vae.decode(latents.float() / scale + shift).sample
         return pixels.clamp(-1, 1)
+
+    def _latent_scale(self, device: torch.device) -> tuple[Any, Any]:
+        """Shift and scale: two numbers, or (C, 1, 1) where the VAE knows its channels apart."""
+        config: Any = self.parts["vae"].config
+        mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+        if mean is None or std is None:
+            return getattr(config, "shift_factor", None) or 0, config.scaling_factor
+        shift, deviation = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
+        return shift, config.scaling_factor / deviation
 
     def as_dropped(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,9 @@ from sdprep.errors import DataError, UserError, nearest
 from sdtrain.paths import canonical_path, is_clip_text
 
 ONE_FILE = "100GB"  # a single file is what most tools expect
+HALF = "fp16"
+"""The variant that many folders have instead of float32."""
+_FEWEST_TOKENS = 512  # CLIP's vocabulary begins with every byte, inside and at the end of a word
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,11 @@ def read_index(path: str, pipeline_class: str, revision: str | None = None) -> d
         local = _download_index(path, revision)
     elif not local.is_file():
         raise UserError(f"{path} is no diffusers folder", "It has no model_index.json.")
-    index = json.loads(local.read_text(encoding="utf-8"))
-    found = str(index.get("_class_name"))
+    try:
+        index = json.loads(local.read_text(encoding="utf-8"))
+        found = str(index.get("_class_name"))
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: model_index.json cannot be read", str(error)) from None
     if found != pipeline_class:
         raise UserError(
             f"{path} holds a {found}, and model.family wants a {pipeline_class}",
@@ -176,20 +182,26 @@ def _download_index(path: str, revision: str | None) -> Path:
 def _load_network(path: str, part: str, class_name: str, where: Mapping[str, Any]) -> nn.Module:
     import diffusers
     import transformers
+    from safetensors import SafetensorError
 
     loader = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
-    try:
+
+    def load(variant: str | None) -> Any:
         with _no_progress_bars():
-            network, info = loader.from_pretrained(
+            return loader.from_pretrained(
                 path,
                 subfolder=part,
                 use_safetensors=True,
                 torch_dtype=torch.float32,
                 output_loading_info=True,
+                variant=variant,
                 **where,
             )
-    except OSError as error:
-        raise DataError(f"{path}: {part} cannot be loaded", str(error).splitlines()[0]) from None
+
+    try:
+        network, info = _whole_or_half(load, Path(path) / part)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{path}: {part} cannot be loaded", _first_line(error)) from None
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
     if missing:
         raise DataError(
@@ -197,6 +209,31 @@ def _load_network(path: str, part: str, class_name: str, where: Mapping[str, Any
             "It would train from random weights. Use a complete checkpoint.",
         )
     return network.eval().requires_grad_(False)
+
+
+def _whole_or_half(load: Callable[[str | None], Any], folder: Path) -> Any:
+    """Weights without a variant, or where there are none those of `fp16`, which many have alone.
+
+    Args:
+        load: from a variant to a network.
+        folder: of that network, if it is on this machine.
+    """
+    names = [path.name for path in folder.glob("*.safetensors")] if folder.is_dir() else []
+    if names and all(f".{HALF}" in name for name in names):
+        return load(HALF)
+    try:
+        return load(None)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        try:  # a repository cannot be looked into without asking for its list
+            return load(HALF)
+        except OSError:
+            raise error from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -217,29 +254,38 @@ def load_tokenizer(path: str, name: str, where: Mapping[str, Any]) -> Any:
     """One tokenizer of a folder or Hub id.
 
     Raises:
-        DataError: it is not there.
+        DataError: it is not there, or has no vocabulary.
     """
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(path, subfolder=name, **where)
-    except OSError as error:
-        raise DataError(f"{path}: {name} cannot be loaded", str(error).splitlines()[0]) from None
+        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder=name, **where)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {name} cannot be loaded", _first_line(error)) from None
+    if len(tokenizer) < _FEWEST_TOKENS:  # transformers 5 makes an empty one of an absent folder
+        raise DataError(
+            f"{path}: {name} has no vocabulary, only {len(tokenizer)} tokens",
+            "It needs vocab.json and merges.txt, or tokenizer.json.",
+        )
+    return tokenizer
 
 
 def load_scheduler(path: str, index: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
     """The scheduler that a folder's or Hub id's index names.
 
     Raises:
-        DataError: diffusers has no such class.
+        DataError: diffusers has no such class, or its configuration is not there.
     """
     import diffusers
 
-    library, class_name = index["scheduler"]
-    loader = getattr(diffusers, class_name, None)
+    library, class_name = index.get("scheduler") or (None, None)
+    loader = getattr(diffusers, class_name or "", None)
     if library != "diffusers" or loader is None:
         raise DataError(f"{path}: model_index.json names an unknown scheduler {class_name}")
-    return loader.from_pretrained(path, subfolder="scheduler", **where)
+    try:
+        return loader.from_pretrained(path, subfolder="scheduler", **where)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: scheduler cannot be loaded", _first_line(error)) from None
 
 
 def copy_tokenizer(source: Path, target: Path, pad_token: str) -> None:

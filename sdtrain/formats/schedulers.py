@@ -59,6 +59,11 @@ def is_flow(scheduler: Any) -> bool:
     return _says_flow(type(scheduler).__name__, scheduler.config)
 
 
+def is_edm(scheduler: Any) -> bool:
+    """Whether a scheduler is one of Karras's, whose networks see scaled latents and log sigmas."""
+    return type(scheduler).__name__.startswith("EDM") or "sigma_data" in scheduler.config
+
+
 def is_flow_folder(path: Path) -> bool:
     """Whether the scheduler in a diffusers folder on this machine is one of flow matching."""
     file = path / "scheduler" / "scheduler_config.json"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from sdtrain.paths import WRAPPERS, canonical_path, is_adapter
 ENDINGS = (".safetensors", ".ckpt", ".bin")
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_NETWORKS = (keys.UNET, keys.VAE, keys.ONE_ENCODER, keys.FIRST_ENCODER, keys.SECOND_ENCODER)
+AVERAGED = "model_ema."
+_NETWORKS = {
+    keys.UNET: "UNet",
+    keys.VAE: "VAE",
+    keys.ONE_ENCODER: "text encoder",
+    keys.FIRST_ENCODER: "first text encoder",
+    keys.SECOND_ENCODER: "second text encoder",
+}
 # Tensors of the original code that no network here needs.
 _OPTIONAL = ("position_ids", "logit_scale", "transformer.text_projection.weight")
 _SHOWN = 5
@@ -157,7 +165,7 @@ class Blueprint:
 def load_single_file(
     path: Path, pipeline_class: str, parts: Mapping[str, str], blueprint: Blueprint
 ) -> Folder:
-    """Load a single file in float32; averaged (EMA) weights beside the others are left alone.
+    """Load a single file in float32; averaged (EMA) weights only where there are no others.
 
     Args:
         path: the file.
@@ -170,7 +178,7 @@ def load_single_file(
         DataError: tensors are missing, unexpected or of another shape.
     """
     found, metadata = read_tensors(path)
-    tensors = {_normal(key): tensor for key, tensor in found.items()}
+    tensors = {_normal(str(key)): tensor for key, tensor in found.items()}
     with torch.device("meta"):
         networks = {part: blueprint.build(part) for part in parts}
     two = "text_encoder_2" in parts
@@ -178,6 +186,7 @@ def load_single_file(
     for part, network in networks.items():
         names = [path.removeprefix(f"{part}.") for path in _canonical_state(part, network)]
         wanted |= {e.key: e for e in keys.entries(part, names, _config(network), two=two)}
+    tensors = _raw_or_averaged(path, tensors, wanted)
     _refuse_other_names(path, tensors, wanted)
     for part, network in networks.items():
         _fill(path, part, network, tensors, wanted)
@@ -205,12 +214,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise DataError(f"{path} cannot be read", str(error).splitlines()[0]) from None
     except Exception as error:  # torch names no class for what it will not unpickle
+        named = re.search(r"GLOBAL (\S+)", str(error))  # its advice is to run it after all
         raise DataError(
-            f"{path} holds more than tensors and is not opened: {str(error).splitlines()[0]}",
+            f"{path} holds more than tensors and is not opened"
+            + (f": it would import {named[1]}" if named else ""),
             "Convert it to .safetensors with a tool you trust.",
         ) from None
-    content = content.get("state_dict", content)
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}, {}
+    inner = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(inner, dict):
+        raise DataError(
+            f"{path} holds a {type(inner).__name__}, not tensors by name",
+            "A checkpoint is a dictionary, or has one under state_dict.",
+        )
+    return {key: value for key, value in inner.items() if isinstance(value, Tensor)}, {}
 
 
 def _normal(key: str) -> str:
@@ -226,24 +242,70 @@ def _normal(key: str) -> str:
     return key
 
 
+def _raw_or_averaged(
+    path: Path, tensors: dict[str, Tensor], wanted: Mapping[str, keys.Entry]
+) -> dict[str, Tensor]:
+    """The UNet's own weights, or where a file has only their average (EMA) that; it says which."""
+    averaged = [key for key in tensors if key.startswith(AVERAGED)]
+    if not averaged:
+        return tensors
+    if any(key.startswith(keys.UNET) for key in tensors):
+        say(
+            f"{path.name}: the weights under {keys.UNET} are used, its {len(averaged):,} averaged "
+            f"(EMA) tensors under {AVERAGED} are not"
+        )
+        return tensors
+    # An average has the key of its weight, less `model.` and all dots.
+    own = {AVERAGED + k.removeprefix("model.").replace(".", ""): k for k in wanted}
+    say(f"{path.name}: its averaged (EMA) weights are used, there are no others")
+    return {own.get(key, key): tensor for key, tensor in tensors.items()}
+
+
 def _refuse_other_names(
     path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, keys.Entry]
 ) -> None:
     missing = [key for key in wanted if key not in tensors]
     others = [k for k in tensors if k not in wanted and not k.endswith(_OPTIONAL)]
-    unexpected = [key for key in others if key.startswith(_NETWORKS)]
+    known = {_place(key) for key in wanted}
+    # A UNet with more in it is another UNet; the other networks may carry what no picture needs.
+    unexpected = [key for key in others if key.startswith(keys.UNET) or _place(key) in known]
+    kind = looks_like(tensors)
+    absent = _absent_networks(tensors, wanted)
+    if absent and not unexpected and all(key.startswith(tuple(absent)) for key in missing):
+        lacks = " and no ".join(f"{words} ({prefix}…)" for prefix, words in absent.items())
+        raise DataError(
+            f"{path} has no {lacks}"
+            + ("" if kind.endswith("alone") else f"; it looks like {kind}"),
+            "Use a complete checkpoint, one that was saved with all of its networks.",
+        )
     if missing or unexpected:
         raise DataError(
-            f"{path} does not fit this model; it looks like {looks_like(tensors)}",
+            f"{path} does not fit this model; it looks like {kind}",
             f"missing {_some(missing)}; unexpected {_some(unexpected)}. "
             "Set model.family to what it is; model.config names a folder with other sizes.",
         )
-    averaged = [key for key in others if key.startswith("model_ema.")]
-    if averaged:
-        say(f"{len(averaged):,} averaged (EMA) tensors of the file are not used")
-    unused = [k for k in others if k not in averaged and k not in (V_MARKER, ZERO_SNR_MARKER)]
-    if unused:
+    markers = (V_MARKER, ZERO_SNR_MARKER)
+    if unused := [k for k in others if not k.startswith(AVERAGED) and k not in markers]:
         warn(f"{path}: not used are {_some(unused)}")
+
+
+def _place(key: str) -> str:
+    """The network that a key belongs to, with the first word below it; nothing for other keys."""
+    prefix = next(filter(key.startswith, _NETWORKS), "")
+    return prefix and prefix + key.removeprefix(prefix).partition(".")[0]
+
+
+def _absent_networks(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, keys.Entry]
+) -> dict[str, str]:
+    """Networks of which a file has nothing, by their prefix; none if it has nothing at all."""
+
+    def has(names: Iterable[str], prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    asked = {prefix: words for prefix, words in _NETWORKS.items() if has(wanted, prefix)}
+    absent = {prefix: words for prefix, words in asked.items() if not has(tensors, prefix)}
+    return absent if len(absent) < len(asked) else {}
 
 
 def _some(names: list[str]) -> str:

@@ -15,7 +15,9 @@ class Config(Section):
     """Min-SNR weighting."""
 
     type: Literal["min_snr"] = "min_snr"
-    gamma: float = Field(5.0, gt=0, description="Signal-to-noise ratio above which it clamps.")
+    gamma: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="Signal-to-noise ratio above which it clamps."
+    )
 
     def build(self) -> Weighting:
         """The weighting."""
