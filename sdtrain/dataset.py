@@ -208,9 +208,21 @@ def fingerprint(*splits: Rows | None) -> str:
 
 
 def renderer(
-    rows: Rows, policy: PromptPolicy, seed: int, num_chunks: Callable[[str], int]
+    rows: Rows,
+    policy: PromptPolicy,
+    seed: int,
+    num_chunks: Callable[[str], int],
+    num_tokens_cut: Callable[[str], int] = lambda prompt: 0,
 ) -> Callable[[Sequence[int], Sequence[int]], list[Text]]:
-    """The function from rows and their visits to training texts that the global order asks."""
+    """The function from rows and their visits to training texts that the global order asks.
+
+    Args:
+        rows: the split.
+        policy: how prompts are rendered.
+        seed: of the run.
+        num_chunks: of a prompt, as the model counts them.
+        num_tokens_cut: of a prompt, tokens that the model does not read.
+    """
 
     def render(wanted: Sequence[int], visits: Sequence[int]) -> list[Text]:
         texts = []
@@ -218,7 +230,9 @@ def renderer(
             span = slice(start, start + _AT_ONCE)
             for record, visit in zip(rows.records(wanted[span]), visits[span], strict=True):
                 rendered = render_prompt(record, policy, seed, visit)
-                texts.append(Text(rendered.text, rendered.dropped, num_chunks(rendered.text)))
+                text = rendered.text
+                counts = num_chunks(text), rendered.num_removed, num_tokens_cut(text)
+                texts.append(Text(text, rendered.dropped, *counts))
         return texts
 
     return render

@@ -83,7 +83,7 @@ class Setup:
             num_train=len(self.data.train),
             seed=self.recipe.seed,
             run_samples=self.recipe.data.run_samples,
-            num_chunks=self.family.num_chunks,
+            family=self.family,
         )
 
     @cached_property
@@ -94,8 +94,10 @@ class Setup:
 
     @cached_property
     def _own_order(self) -> GlobalOrder:
+        family = self.family
         texts = renderer(
-            self.data.train, self.data.policy, self.recipe.seed, self.family.num_chunks
+            *(self.data.train, self.data.policy, self.recipe.seed),
+            *(family.num_chunks, family.num_tokens_cut),
         )
         return GlobalOrder(
             self.data.train.ids,

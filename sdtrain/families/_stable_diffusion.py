@@ -34,7 +34,7 @@ from sdtrain.text import (
     tokenize,
     tokenizer_digest,
 )
-from sdtrain.token_counts import chunk_counter
+from sdtrain.token_counts import chunk_counter, cut_counter
 
 FULL_SIZE_MULTIPLE_PX = 64
 SMALLEST_FULL_SIZE_PX = 512
@@ -222,15 +222,17 @@ class StableDiffusion:
 
     def num_tokens_cut(self, prompt: str) -> int:
         """Tokens beyond the last chunk that is kept."""
-        if self.num_chunks(prompt) < self.options.max_chunks:
-            return 0
-        tokenizer = self.folder.tokenizers["tokenizer"]
-        return tokenize(tokenizer, prompt, self.options.max_chunks, self.options.split).num_dropped
+        return self._count_cut(prompt)
 
     @cached_property
     def _count_chunks(self) -> Callable[[str], int]:
         tokenizer = self.folder.tokenizers["tokenizer"]
         return chunk_counter(tokenizer, self.options.max_chunks, self.options.split)
+
+    @cached_property
+    def _count_cut(self) -> Callable[[str], int]:
+        tokenizer = self.folder.tokenizers["tokenizer"]
+        return cut_counter(tokenizer, self.options.max_chunks, self.options.split)
 
     def _tokenize(self, encoder: str, prompt: str) -> Tensor:
         tokenizer = self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
