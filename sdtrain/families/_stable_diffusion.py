@@ -24,12 +24,14 @@ from sdtrain.formats.schedulers import ddpm_scheduler, is_flow
 from sdtrain.freeze_plan import tensor_hash
 from sdtrain.paths import canonical_path, is_adapter
 from sdtrain.text import (
+    ChunkText,
     Convention,
     Split,
     TextConditioning,
     encode_chunks,
     join_chunks,
     join_conditioning,
+    lay_out,
     split_conditioning,
     tokenize,
     tokenizer_digest,
@@ -219,6 +221,11 @@ class StableDiffusion:
     def num_chunks(self, prompt: str) -> int:
         """How many chunks a prompt takes."""
         return self._count_chunks(prompt)
+
+    def prompt_layout(self, prompt: str) -> list[ChunkText]:
+        """What the tokens stand for, chunk by chunk."""
+        tokenizer = self.folder.tokenizers["tokenizer"]
+        return lay_out(tokenizer, prompt, self.options.max_chunks, self.options.split)
 
     def num_tokens_cut(self, prompt: str) -> int:
         """Tokens beyond the last chunk that is kept."""
