@@ -135,7 +135,7 @@ def open_prior(
     from sdtrain.buckets import require_enough
     from sdtrain.dataset import open_data
 
-    data = open_data(section.data(like), PromptPolicy())
+    data = open_data(section.data(like), PromptPolicy(), needs_split=False)
     if held_out is not None:
         there = {id_.split("#")[0] for id_ in held_out.ids}
         for row, id_ in enumerate(data.train.ids):
