@@ -17,7 +17,7 @@ from PIL import Image
 from sdprep.buckets import Bucket
 from sdprep.errors import DataError, RecipeError
 from sdprep.prompt_policy import PromptPolicy
-from sdprep.schema import CORE
+from sdprep.schema import CORE, FOLDS
 from sdprep.table import PhotoTable
 from sdprep.table_policy import remember_policy
 from sdtrain.buckets import assign, require_enough
@@ -303,17 +303,20 @@ def test_a_table_is_trained_on_under_the_policy_that_it_keeps(
     """The very policy that publishing writes, other names of tags included."""
     from sdprep.prompt_rows import spellings
     from sdprep.publish import publish
-    from sdprep.stages import compose_stage
-    from sdprep.tags import TagsConfig
 
     aliases = tmp_path / "aliases.csv"
-    aliases.write_text("cat,0,90,kitty\nhorse,0,80,pony\n", encoding="utf-8")
-    compose_stage(table, TagsConfig(aliases=str(aliases)))
+    aliases.write_text("cat,0,90,kitty\ndog,0,80,hound\nhorse,0,70,pony\n", encoding="utf-8")
+    some = [[{"name": "dog", "category": "general"}], None, None, None, None]
+    tags = pa.array(some, FOLDS["tags"])  # the others keep what came with them: cat
+    notes = {"tags_config": json.dumps({"aliases": str(aliases)})}
+    with table.writer():
+        ids = [prepared_row(n)["id"] for n in range(5)]
+        table.write_fold(ids, {"tags": tags}, stage="tags", notes=notes)
     policy = PromptPolicy(mode="concat", dropout_p=0.25)
     remember_policy(table, policy)
     data = opened(table.path, splits="all", prompt={"max_chunks": 2})
     assert data.policy_origin.startswith("kept in the table by the last sdprep run")
-    assert data.policy.aliases == {"cat": ("kitty",)}
+    assert data.policy.aliases == {"cat": ("kitty",), "dog": ("hound",)}
     published = publish(table, tmp_path / "out", policy=policy, spellings=spellings(table))
     card = opened(published.path, prompt={"max_chunks": 2})
     assert card.policy == data.policy
