@@ -22,6 +22,7 @@ from sdprep.stages import (
     split_stage,
 )
 from sdprep.table import PhotoTable
+from sdprep.table_policy import remember_policy
 
 STAGES = ("ingest", "annotate", "tags", "select", "dedup", "split", "publish")
 """Selection comes before duplicates: the best of a group is the best of what is wanted."""
@@ -48,6 +49,7 @@ def run_recipe(
     if recipe.publish is not None and recipe.publish.push:
         open_hub(recipe.publish.push)  # a token that is missing is told now, not at the end
     table = PhotoTable.open(recipe.table, create="ingest" in wanted and bool(recipe.source))
+    remember_policy(table, recipe.policy)
     done = []
     for name, work in _work(recipe, recipe_text, table):
         if name in wanted:

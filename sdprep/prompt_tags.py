@@ -43,7 +43,7 @@ def tag_units(names: list[str], caption: str, policy: PromptPolicy, draws: Draws
     order = [name for name in names if name in chosen and name not in keep]
     if policy.shuffle:
         order = draws.ordered("order", order)
-    texts = [*keep, *_aliased(order, policy, draws)]
+    texts = [*keep, *aliased(order, policy, draws)]
     order = [*keep, *order]
     texts = _styled(order, texts, policy.tag_style, draws)
     if "" in texts:  # nothing but commas or marks is left of a name
@@ -74,8 +74,8 @@ def _num_tags(law: Length, draws: Draws, caption: str, total: int) -> int:
     return max(law.min, math.floor(value))
 
 
-def _aliased(names: list[str], policy: PromptPolicy, draws: Draws) -> list[str]:
-    """Each name, or another name of the same tag."""
+def aliased(names: list[str], policy: PromptPolicy, draws: Draws) -> list[str]:
+    """Each name, or another name of the same tag; a draw of its own decides for each."""
     if not policy.aliases or policy.alias_p == 0:
         return names
     spelled = []

@@ -30,11 +30,21 @@ REFUSED_STOP = 0.20
 
 @dataclass(frozen=True)
 class Text:
-    """A rendered prompt, as the order needs it."""
+    """A rendered prompt, as the order needs it, and what did not fit into it.
+
+    Args:
+        prompt: what the model is given.
+        is_dropped: caption dropout made it empty.
+        num_chunks: chunks of tokens that it takes.
+        num_removed: tags and words that `prompt.max_chunks` left no room for.
+        num_cut: tokens that lie beyond `model.max_chunks` and are not read.
+    """
 
     prompt: str
     is_dropped: bool
     num_chunks: int
+    num_removed: int = 0
+    num_cut: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from sdprep.buckets import fit
 from sdtrain.buckets import Assignment, Slot, micro_batches
 from sdtrain.cache.census import census
 from sdtrain.check_facts import device_bytes, num_in_both, precision_conflicts, sketch
-from sdtrain.dataset import Rows
+from sdtrain.dataset import Rows, policy_words
 from sdtrain.memory import checkpoint_bytes, memory
 from sdtrain.recipe import TrainRecipe
 from sdtrain.resolution import expected_percent
 from sdtrain.run_folder import versions
 from sdtrain.setup import Setup, gpu_without_torch, open_setup
+from sdtrain.stored_formats import conflicts, stored_formats
 
 CHUNK_ROWS = 2_000
 CURVE_POINTS = 9
@@ -63,7 +64,8 @@ def describe(setup: Setup, num_processes: int = 1) -> dict[str, Any]:
         "learning_rate": _learning_rate(setup),
         "evaluation": _evaluation(setup),
         "cache": census(setup),
-        "conflicts": precision_conflicts(setup.recipe.precision.mixed, setup.device),
+        "conflicts": _conflicts(setup),
+        "dropped": _dropped(setup),
         "memory": memory(setup),
         "device_bytes": device_bytes(setup.device),
         "checkpoint_bytes": checkpoint_bytes(setup),
@@ -95,6 +97,7 @@ def _model(setup: Setup) -> dict[str, Any]:
         "path": setup.recipe.model.path,
         "prediction_type": family.prediction_type,
         "fingerprint": setup.conditions()["model_fingerprint"],
+        "stored": stored_formats(setup.recipe.model.path, family.parts),
         "resolution_px": setup.recipe.data.resolution_px or family.default_resolution_px,
         "bucket_multiple_px": family.bucket_multiple_px,
         "parameters": {
@@ -102,6 +105,26 @@ def _model(setup: Setup) -> dict[str, Any]:
             for part in family.parts
         },
     }
+
+
+def _conflicts(setup: Setup) -> list[str]:
+    stored = stored_formats(setup.recipe.model.path, setup.family.parts)
+    trained = {path.split(".")[0] for path in setup.plan.trained()}
+    parts = [part for part in setup.family.parts if part in trained]
+    found = precision_conflicts(setup.recipe.precision.mixed, setup.device)
+    return [*found, *conflicts(stored, parts)]
+
+
+def _dropped(setup: Setup) -> dict[str, int]:
+    """Rows that are not used, by split: of the others, every one comes in every epoch."""
+    unused = len(setup.data.train) - len(setup.train.kept)
+    refused = len(setup.train.refused)
+    splits = {"train": refused, "train beyond data.limit": unused - refused}
+    if setup.data.validation is not None and setup.validation is not None:
+        splits["validation"] = len(setup.data.validation) - len(setup.validation.kept)
+    if setup.prior is not None:
+        splits["prior"] = len(setup.prior.data.train) - len(setup.prior.assignment.kept)
+    return splits
 
 
 def _data(setup: Setup) -> dict[str, Any]:
@@ -116,6 +139,8 @@ def _data(setup: Setup) -> dict[str, Any]:
         "in_both_splits": num_in_both(data, setup.train, setup.validation),
         "notes": data.notes,
         "policy": data.policy.model_dump(mode="json", by_alias=True),
+        "policy_words": policy_words(data.policy),
+        "policy_origin": data.policy_origin,
         "masks": _masks(setup),
         "prior": None if setup.prior is None else setup.prior.describe(),
     }
@@ -172,7 +197,7 @@ def _chunks(setup: Setup) -> dict[str, Any]:
     looked_at = min(len(kept), CHUNK_ROWS)
     texts = [next(stream).text for _ in range(looked_at)]
     counts = Counter(text.num_chunks for text in texts)
-    cut = [tokens for text in texts if (tokens := setup.family.num_tokens_cut(text.prompt))]
+    cut = [text.num_cut for text in texts if text.num_cut]
     return {
         "looked_at": looked_at,
         "of": len(ids),
@@ -182,6 +207,9 @@ def _chunks(setup: Setup) -> dict[str, Any]:
         },
         "cut": len(cut),
         "tokens_cut": sum(cut),
+        "shortened": sum(text.num_removed > 0 for text in texts),
+        "units_removed": sum(text.num_removed for text in texts),
+        "without_text": sum(text.prompt == "" and not text.is_dropped for text in texts),
         "dropped": sum(text.is_dropped for text in texts),
         "empty": sum(text.prompt == "" for text in texts),
     }

@@ -19,6 +19,7 @@ def check_text(found: Mapping[str, Any], freeze_table: str) -> str:
         ("data", _data(found)),
         ("buckets", _buckets(found["buckets"])),
         ("text", _chunks(found["chunks"])),
+        ("left out", _dropped(found["dropped"])),
         ("what trains", freeze_table.splitlines()),
         *((phase["text"], phase["table"]) for phase in found["phases"]),
         ("length", _length(found)),
@@ -52,6 +53,12 @@ def _folded(line: str, width: int) -> list[str]:
     )
 
 
+def _dropped(dropped: Mapping[str, int]) -> list[str]:
+    lost = ", ".join(f"{count:,} rows of {split}" for split, count in dropped.items() if count)
+    what = lost or "nothing"
+    return [f"{what}; every row that is kept comes in every epoch, the last short step included"]
+
+
 def _size(num_bytes: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
@@ -67,6 +74,9 @@ def _model(found: Mapping[str, Any]) -> list[str]:
         f"parameters: {parts}",
         f"fingerprint {model['fingerprint']}, on {found['device']}",
     ]
+    if model["stored"]:
+        stored = ", ".join(f"{part} {kind}" for part, kind in model["stored"].items())
+        lines.append(f"stored as: {stored}")
     lines.append(_world(found["world"]))
     lines += [f"WARNING: {conflict}" for conflict in found["conflicts"]]
     if found["gpu_without_torch"]:
@@ -101,6 +111,8 @@ def _data(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"images in both splits: {data['in_both_splits']}")
     else:
         lines.append("WARNING: no validation split; only the training images can be evaluated")
+    lines.append(f"prompt policy: {data['policy_words']}")
+    lines.append(f"policy from: {data['policy_origin']}")
     return [*lines, *_masks(data["masks"]), *_prior(data["prior"]), *data["notes"]]
 
 
@@ -142,6 +154,9 @@ def _chunks(chunks: Mapping[str, Any]) -> list[str]:
     return [
         f"rows by chunks of 75 tokens, first epoch, {chunks['looked_at']:,} rows: {counts}",
         f"cut at model.max_chunks: {chunks['cut']:,} prompts lose {chunks['tokens_cut']:,} tokens",
+        f"shortened to fit prompt.max_chunks: {chunks['shortened']:,} prompts lose "
+        f"{chunks['units_removed']:,} tags or words",
+        f"rows without any text: {chunks['without_text']:,}",
         f"captions dropped: {chunks['dropped']:,}; empty prompts in all: {chunks['empty']:,}",
     ]
 

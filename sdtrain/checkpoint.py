@@ -279,6 +279,31 @@ def read_trained(path: Path) -> dict[str, Tensor]:
     return _tensors(path / TRAINED)
 
 
+def read_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The weights of a checkpoint by canonical path: those that trained, or their average.
+
+    Raises:
+        DataError: a file is missing or damaged, or the run averaged nothing.
+    """
+    if not ema:
+        return read_trained(path)
+    must_hold_average(path)
+    return _tensors(path / "ema.safetensors")
+
+
+def must_hold_average(path: Path) -> None:
+    """Refuse a checkpoint without averaged weights.
+
+    Raises:
+        DataError: its run averaged nothing.
+    """
+    if "ema" not in read_state(path).get("more", []):
+        raise DataError(
+            f"{path} holds no average of the weights: its run had no [ema]",
+            "Leave out --ema, or train with half_life_samples in [ema].",
+        )
+
+
 def read(path: Path) -> Snapshot:
     """A whole checkpoint.
 

@@ -27,6 +27,8 @@ from sdtrain.recipe import DataSection
 if TYPE_CHECKING:
     from PIL import Image
 
+NO_POLICY = "the defaults: {}; set it with [prompt] here, or with [policy] in sdprep"
+
 _AT_ONCE = 8_192  # records held at a time
 
 
@@ -94,6 +96,7 @@ class TrainingData:
         train: rows to train on.
         validation: rows that are never trained on; None if the data set has no such split.
         policy: how prompts are rendered, with the recipe's overrides.
+        policy_origin: where that policy comes from, in words.
         fingerprint: digest of ids and texts of both splits.
         provenance: path, revision and certificate, for checkpoints.
         notes: what was guessed or left out; the user should see it.
@@ -103,13 +106,18 @@ class TrainingData:
     train: Rows
     validation: Rows | None
     policy: PromptPolicy
+    policy_origin: str
     fingerprint: str
     provenance: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
 
 def open_data(
-    section: DataSection, prompt: PromptPolicy, *, with_boxes: bool = False
+    section: DataSection,
+    prompt: PromptPolicy,
+    *,
+    with_boxes: bool = False,
+    needs_split: bool = True,
 ) -> TrainingData:
     """Open a data set.
 
@@ -117,9 +125,12 @@ def open_data(
         section: the recipe's `[data]`.
         prompt: the recipe's `[prompt]`; what it sets wins over the data set's policy.
         with_boxes: whether `Rows.boxes` will be asked; reading them takes memory.
+        needs_split: whether a curated table must say which images are held out; the pictures of a
+            prior need not.
 
     Raises:
-        DataError: it is missing, of an unknown schema version, or has no pictures or texts.
+        DataError: it is missing, of an unknown schema version, has no pictures or texts, or is a
+            table without a split.
     """
     from sdtrain import hub_data, prepared_data, streamed_data, table_data
     from sdtrain.hub_files import pinned
@@ -128,11 +139,18 @@ def open_data(
         section = pinned(section)
     path = Path(section.path)
     if path.suffix == ".lance" and (path / "_versions").is_dir() and table_data.is_curated(path):
-        splits = table_data.open_table(path, with_boxes=with_boxes)
-        policy, origin, manifest = PromptPolicy(), f"curated table {path}", None
+        needs_split = needs_split and section.splits == "train"
+        splits = table_data.open_table(path, with_boxes=with_boxes, needs_split=needs_split)
+        policy, manifest = splits.policy or PromptPolicy(), None
+        origin, words = f"curated table {path}", "kept in the table by the last sdprep run"
+        if splits.policy is None:
+            words = NO_POLICY.format("the table keeps none, as no recipe was run on it")
     else:
         manifest = hub_data.manifest(section)
         policy = validate((manifest or {}).get("policy") or {}, PromptPolicy, f"{path}/{MANIFEST}")
+        words = f"published with the data set, in {MANIFEST}"
+        if not (manifest or {}).get("policy"):
+            words = NO_POLICY.format(f"the data set has none in {MANIFEST}")
         if section.streaming:
             splits = streamed_data.open_streamed(section, manifest, with_boxes=with_boxes)
         elif manifest and prepared_data.shards(path, "train"):
@@ -159,6 +177,7 @@ def open_data(
         train=splits.train,
         validation=splits.validation,
         policy=policy.overridden(prompt),
+        policy_origin=words + _overrides(prompt),
         fingerprint=together,
         provenance=provenance,
         notes=splits.notes,
@@ -173,6 +192,24 @@ class Splits:
     validation: Rows | None
     revision: str | None = None
     notes: list[str] = field(default_factory=list)
+    policy: PromptPolicy | None = None
+
+
+def policy_words(policy: PromptPolicy) -> str:
+    """The knobs that one asks for first, in words."""
+    score = policy.score.position
+    triggers = f"triggers {', '.join(policy.triggers)}, " if policy.triggers else ""
+    return (
+        f"mode {policy.mode}, dropout {policy.dropout_p:g}, {triggers}"
+        f"{'no score tags' if score == 'none' else f'score tags {score}'}, "
+        f"at most {policy.max_chunks} chunks"
+    )
+
+
+def _overrides(prompt: PromptPolicy) -> str:
+    """What the recipe's own section says of the policy, in words."""
+    changed = sorted(prompt.model_dump(exclude_unset=True, by_alias=True))
+    return f"; the recipe's [prompt] sets {', '.join(changed)}" if changed else ""
 
 
 def _keep_apart(splits: Splits, *, is_published: bool) -> None:
@@ -213,9 +250,21 @@ def fingerprint(*splits: Rows | None) -> str:
 
 
 def renderer(
-    rows: Rows, policy: PromptPolicy, seed: int, num_chunks: Callable[[str], int]
+    rows: Rows,
+    policy: PromptPolicy,
+    seed: int,
+    num_chunks: Callable[[str], int],
+    num_tokens_cut: Callable[[str], int] = lambda prompt: 0,
 ) -> Callable[[Sequence[int], Sequence[int]], list[Text]]:
-    """The function from rows and their visits to training texts that the global order asks."""
+    """The function from rows and their visits to training texts that the global order asks.
+
+    Args:
+        rows: the split.
+        policy: how prompts are rendered.
+        seed: of the run.
+        num_chunks: of a prompt, as the model counts them.
+        num_tokens_cut: of a prompt, tokens that the model does not read.
+    """
 
     def render(wanted: Sequence[int], visits: Sequence[int]) -> list[Text]:
         texts = []
@@ -223,7 +272,9 @@ def renderer(
             span = slice(start, start + _AT_ONCE)
             for record, visit in zip(rows.records(wanted[span]), visits[span], strict=True):
                 rendered = render_prompt(record, policy, seed, visit)
-                texts.append(Text(rendered.text, rendered.dropped, num_chunks(rendered.text)))
+                text = rendered.text
+                counts = num_chunks(text), rendered.num_removed, num_tokens_cut(text)
+                texts.append(Text(text, rendered.dropped, *counts))
         return texts
 
     return render

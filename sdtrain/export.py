@@ -52,6 +52,7 @@ def export(
     dtype: str = "fp32",
     title: str | None = None,
     about: Mapping[str, str] | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint for other programs, as safetensors.
 
@@ -62,6 +63,7 @@ def export(
         dtype: `fp32`, `fp16` or `bf16`.
         title: name of the model in the file; default: the name of `to`.
         about: more ModelSpec entries, such as `author`.
+        ema: whether the checkpoint's averaged weights are written.
 
     Returns:
         path, format, dtype, samples_seen and bytes.
@@ -69,7 +71,8 @@ def export(
     Raises:
         UserError: something is there already, or an adapter is asked of what has none, or has no
             spelling in that format.
-        DataError: the checkpoint cannot be read, or does not fit the precision.
+        DataError: the checkpoint cannot be read, holds no average that was asked for, or does not
+            fit the precision.
     """
     if form not in FORMATS or dtype not in DTYPES:
         raise UserError(
@@ -77,7 +80,7 @@ def export(
             f"Formats: {', '.join(FORMATS)}; dtypes: {', '.join(DTYPES)}.",
         )
     target = _target(form, to)
-    opened = _open(path)
+    opened = _open(path, ema)
     if form.startswith("lora"):
         _write_lora(opened, form, target, dtype, title or to.stem, about)
     else:
@@ -93,6 +96,7 @@ def export(
         "format": form,
         "dtype": dtype,
         "samples_seen": opened.state.get("samples_seen"),
+        "ema": ema,
         "bytes": sum(each.stat().st_size for each in written),
     }
 
@@ -110,9 +114,11 @@ def _target(form: str, to: Path) -> Path:
     return target
 
 
-def _open(path: Path) -> Opened:
+def _open(path: Path, ema: bool) -> Opened:
     index = path / "model_index.json"
     if index.is_file():
+        if ema:
+            raise UserError(f"--ema: {path} is a diffusers folder; only checkpoints hold averages")
         return Opened(path, _family_of(path), index.stat().st_mtime)
     from sdprep.recipe import validate
     from sdtrain.recipe import TrainRecipe
@@ -126,7 +132,7 @@ def _open(path: Path) -> Opened:
     state = checkpoint.read_state(found)
     recipe = validate(state["recipe"], TrainRecipe, str(found / checkpoint.STATE))
     family, adapter, _, plan = open_model(recipe, torch.device("cpu"))
-    load_trained(plan, checkpoint.read_trained(found))
+    load_trained(plan, checkpoint.read_weights(found, ema=ema))
     made_at = (found / checkpoint.STATE).stat().st_mtime
     return Opened(found, family, made_at, adapter, state)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.batch import MicroConditioning
+from sdtrain.text import ChunkText
 
 Conditioning = Any
 Precision = str  # "no", "bf16" or "fp16": the autocast dtype of every trained or evaluated forward
@@ -139,6 +140,9 @@ class Family(Protocol):
 
     def num_tokens_cut(self, prompt: str) -> int:
         """How many tokens of a prompt lie beyond `max_chunks` and are not read."""
+
+    def prompt_layout(self, prompt: str) -> list[ChunkText]:
+        """What the tokens of a prompt stand for, chunk by chunk: for people to look at."""
 
     def num_chunks(self, prompt: str) -> int:
         """How many chunks of tokens a prompt takes, at most `max_chunks`."""

@@ -120,6 +120,7 @@ def open_path(setup: Setup, section: ForgettingSection) -> Outside:
                 caption_column=section.caption_column,
             ),
             PromptPolicy(),
+            needs_split=False,
         )
         rows = data.train
         policy, seed = data.policy, setup.recipe.seed

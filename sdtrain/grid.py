@@ -144,6 +144,7 @@ def draw_grid(
     has_page: bool = True,
     embedding: str | None = None,
     device: str | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Draw the same columns with several models, side by side.
 
@@ -154,6 +155,7 @@ def draw_grid(
         has_page: whether to write the page.
         embedding: a CLIP or SigLIP to measure variety with; default: VAE latents.
         device: where to draw; default: as the recipe says.
+        ema: whether the averaged weights of checkpoints are taken.
 
     Returns:
         path, page, what rows and columns are, and their variety.
@@ -163,7 +165,7 @@ def draw_grid(
     """
     if to.suffix.lower() not in SUFFIXES:
         raise UserError(f"{to} is no picture's name", f"End it in {', '.join(SUFFIXES)}.")
-    wanted = candidates(paths)
+    wanted = candidates(paths, ema=ema)
     axes = axes.filled(wanted[0].recipe)
     spread, space = spread_in(embedding, device)
     models, rows = InTurn(device), []

@@ -34,6 +34,7 @@ class Candidate:
         is_folder: whether the path is a diffusers folder.
         samples_seen: the clock of a checkpoint.
         base: fingerprint of the model that a checkpoint was trained from.
+        is_average: whether the averaged weights of a checkpoint are meant.
     """
 
     label: str
@@ -42,16 +43,21 @@ class Candidate:
     is_folder: bool = False
     samples_seen: int | None = None
     base: str | None = None
+    is_average: bool = False
 
 
-def candidates(paths: Sequence[Path]) -> list[Candidate]:
+def candidates(paths: Sequence[Path], *, ema: bool = False) -> list[Candidate]:
     """Checkpoints, runs (their newest checkpoint), diffusers folders and the word `base`.
+
+    Args:
+        paths: what people named.
+        ema: whether the averaged weights of checkpoints are meant.
 
     Raises:
         UserError: one of them is none of that, or none is a checkpoint that says how to draw.
     """
     found: list[Candidate | Path] = [
-        path if _is_base(path) or (path / MODEL_INDEX).is_file() else of_checkpoint(path)
+        path if _is_base(path) or (path / MODEL_INDEX).is_file() else of_checkpoint(path, ema=ema)
         for path in paths
     ]
     recipe = next((each.recipe for each in found if isinstance(each, Candidate)), None)
@@ -79,21 +85,24 @@ def _other(path: Path, recipe: TrainRecipe) -> Candidate:
     return Candidate(label, recipe, path, is_folder=True)
 
 
-def of_checkpoint(path: Path) -> Candidate:
+def of_checkpoint(path: Path, *, ema: bool = False) -> Candidate:
     """A checkpoint of a run, or a run's newest.
 
     Raises:
-        DataError: it is neither, is damaged, or is gone.
+        DataError: it is neither, is damaged or gone, or holds no average that was asked for.
     """
     found = checkpoint_folder(path)
+    if ema:
+        checkpoint.must_hold_average(found)
     state = checkpoint.read_state(found)
     full, clock = found.resolve(), int(state["samples_seen"])
     return Candidate(
-        label=f"{full.parent.parent.name} @ {clock:,}",
+        label=f"{full.parent.parent.name} @ {clock:,}{' average' if ema else ''}",
         recipe=validate(state["recipe"], TrainRecipe, str(found / checkpoint.STATE)),
         path=found,
         samples_seen=clock,
         base=state["conditions"].get("model_fingerprint"),
+        is_average=ema,
     )
 
 
@@ -121,7 +130,9 @@ class InTurn:
         if row.is_folder:
             return self._open_folder(row)
         # Read before anything is touched: a file may be gone.
-        tensors = checkpoint.read_trained(row.path) if row.path is not None else {}
+        tensors = {}
+        if row.path is not None:
+            tensors = checkpoint.read_weights(row.path, ema=row.is_average)
         self._open(row.recipe)
         assert self._plan is not None
         assert self._family is not None

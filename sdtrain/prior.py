@@ -22,6 +22,7 @@ from sdtrain.joined_rows import JoinedRows
 if TYPE_CHECKING:
     from sdtrain.buckets import Assignment, GlobalOrder, Slot, Step
     from sdtrain.dataset import Rows, TrainingData
+    from sdtrain.family import Family
     from sdtrain.recipe import DataSection
 
 PREFIX = "prior/"
@@ -70,8 +71,14 @@ class Prior:
     assignment: Assignment
     section: PriorSection
 
+    @property
+    def texts(self) -> Any:
+        """The rows as their prompts are rendered."""
+        rows, caption = self.data.train, self.section.caption
+        return rows if caption is None else OneCaption(rows, caption)
+
     def order(
-        self, train: GlobalOrder, *, num_train: int, seed: int, run_samples: int, num_chunks: Any
+        self, train: GlobalOrder, *, num_train: int, seed: int, run_samples: int, family: Family
     ) -> PriorOrder:
         """The stream of training samples with those of the prior among them.
 
@@ -80,18 +87,16 @@ class Prior:
             num_train: rows of the training split, which come first in `WithPrior`.
             seed: the run's seed.
             run_samples: longest run of one bucket and chunk count.
-            num_chunks: of the family.
+            family: counts the chunks of prompts.
         """
         from sdtrain.buckets import GlobalOrder
         from sdtrain.dataset import renderer
 
-        rows: Any = self.data.train
-        if self.section.caption is not None:
-            rows = OneCaption(rows, self.section.caption)
+        counts = family.num_chunks, family.num_tokens_cut
         own = GlobalOrder(
             self.data.train.ids,
             self.assignment,
-            renderer(rows, self.data.policy, seed, num_chunks),
+            renderer(self.texts, self.data.policy, seed, *counts),
             seed=seed,
             run_samples=run_samples,
             repeats=self.data.train.repeats,
@@ -131,7 +136,7 @@ def open_prior(
     from sdtrain.buckets import require_enough
     from sdtrain.dataset import open_data
 
-    data = open_data(section.data(like), PromptPolicy())
+    data = open_data(section.data(like), PromptPolicy(), needs_split=False)
     if held_out is not None:
         there = {id_.split("#")[0] for id_ in held_out.ids}
         for row, id_ in enumerate(data.train.ids):

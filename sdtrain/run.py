@@ -16,6 +16,7 @@ from sdprep.seeding import digest
 from sdtrain import checkpoint
 from sdtrain.averages import Ema, is_schedule_free, put, restored, weights_to_use
 from sdtrain.course import Course
+from sdtrain.cut_text import CutText
 from sdtrain.debias import LossFit
 from sdtrain.engine import laid_out_like
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
@@ -42,6 +43,7 @@ class Run:
         fit: what the debiased loss curve is divided by.
         skipped_in_a_row: steps that the float16 scaler left out just now.
         masked_out: samples that a mask left nothing of.
+        cut_text: what was cut off the prompts that were trained.
         course: what the evaluations so far say; a function of them, so no checkpoint keeps it.
         parts_trained: networks that took part in a step.
     """
@@ -55,6 +57,7 @@ class Run:
     fit: LossFit = field(default_factory=LossFit)
     skipped_in_a_row: int = 0
     masked_out: int = 0
+    cut_text: CutText = field(default_factory=CutText)
     course: Course | None = None
     parts_trained: set[str] = field(default_factory=set)
 
@@ -175,6 +178,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
             "masked_out": self.masked_out,
+            "cut_text": self.cut_text.to_json(),
             "parts_trained": sorted(self.parts_trained),
             "effort": self.effort,
             "loss_fit": self.fit.state(),
@@ -218,6 +222,7 @@ class Run:
         self.effort, self.evaluations = dict(state["effort"]), list(state["evaluations"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self.masked_out = int(state.get("masked_out", 0))  # absent from older checkpoints
+        self.cut_text = CutText(**state.get("cut_text", {}))
         self.parts_trained = set(state.get("parts_trained", self.trained_start))
         self.trained_start = {**self.trained_start, **state["trained_start"]}
         for path in self.setup.plan.frozen.keys() & snapshot.trained.keys():

@@ -193,15 +193,19 @@ def checkpoint_folder(path: Path) -> Path:
     return found[-1]
 
 
-def load_checkpoint(path: Path, device: str | None = None) -> tuple[TrainRecipe, Family, int]:
+def load_checkpoint(
+    path: Path, device: str | None = None, *, ema: bool = False
+) -> tuple[TrainRecipe, Family, int]:
     """The model of a checkpoint, with the recipe and the clock it was saved at.
 
     Args:
         path: the checkpoint.
         device: overrides the recipe's.
+        ema: whether its averaged weights are taken.
 
     Raises:
         UserError: the base model is not where the recipe says, or does not fit.
+        DataError: there is no average.
     """
     from sdprep.recipe import validate
     from sdtrain.recipe import TrainRecipe
@@ -211,7 +215,7 @@ def load_checkpoint(path: Path, device: str | None = None) -> tuple[TrainRecipe,
     state = checkpoint.read_state(path)
     recipe = validate(state["recipe"], TrainRecipe, str(path / checkpoint.STATE))
     family, _, _, plan = open_model(recipe, pick_device(device or recipe.precision.device))
-    load_trained(plan, checkpoint.read_trained(path))
+    load_trained(plan, checkpoint.read_weights(path, ema=ema))
     return recipe, family, int(state["samples_seen"])
 
 
@@ -225,6 +229,7 @@ def sample_checkpoint(
     guidance_scale: float | None = None,
     sampler: str | None = None,
     device: str | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Draw prompts with a checkpoint; what is not given comes from its recipe.
 
@@ -237,12 +242,13 @@ def sample_checkpoint(
         guidance_scale: classifier-free guidance.
         sampler: one of `samplers.NAMES`.
         device: where to draw.
+        ema: whether its averaged weights are taken.
 
     Returns:
         path, samples_seen and the pictures with their prompts.
     """
     found = checkpoint_folder(path)
-    recipe, family, samples_seen = load_checkpoint(found, device)
+    recipe, family, samples_seen = load_checkpoint(found, device, ema=ema)
     given = {
         "seed": seed,
         "num_inference_steps": num_inference_steps,
@@ -252,6 +258,11 @@ def sample_checkpoint(
     known: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     style = replace(Style.of(recipe, family), **known)
     pictures = pictures_of(family, prompts, style)
-    names = save_pictures(to, prompts, pictures, title=f"{found} ({samples_seen:,} samples)")
+    names = save_pictures(
+        to,
+        prompts,
+        pictures,
+        title=f"{found} ({samples_seen:,} samples{', average' if ema else ''})",
+    )
     drawn = [{"file": n, "prompt": p} for n, p in zip(names, prompts, strict=True)]
     return {"path": str(to), "samples_seen": samples_seen, "seed": style.seed, "pictures": drawn}

@@ -20,7 +20,7 @@ from sdtrain.buckets import Assignment, GlobalOrder, assign, limited, require_en
 from sdtrain.cache.caches import Caches
 from sdtrain.cache.encoding import Encoder
 from sdtrain.compiling import compile_blocks, require_compiler
-from sdtrain.dataset import TrainingData, open_data, renderer
+from sdtrain.dataset import TrainingData, open_data, policy_words, renderer
 from sdtrain.engine import Engine
 from sdtrain.family import Family, Loss
 from sdtrain.freeze_plan import FreezePlan, tensor_hash
@@ -83,7 +83,7 @@ class Setup:
             num_train=len(self.data.train),
             seed=self.recipe.seed,
             run_samples=self.recipe.data.run_samples,
-            num_chunks=self.family.num_chunks,
+            family=self.family,
         )
 
     @cached_property
@@ -94,8 +94,10 @@ class Setup:
 
     @cached_property
     def _own_order(self) -> GlobalOrder:
+        family = self.family
         texts = renderer(
-            self.data.train, self.data.policy, self.recipe.seed, self.family.num_chunks
+            *(self.data.train, self.data.policy, self.recipe.seed),
+            *(family.num_chunks, family.num_tokens_cut),
         )
         return GlobalOrder(
             self.data.train.ids,
@@ -253,6 +255,11 @@ def open_setup(recipe: TrainRecipe, world: World = ALONE) -> Setup:
     data = open_data(recipe.data, recipe.prompt, with_boxes=masks is not None)
     for note in data.notes:
         talk.print(f"data: {note}", markup=False, soft_wrap=True)
+    talk.print(
+        f"prompt policy: {policy_words(data.policy)}; {data.policy_origin}",
+        markup=False,
+        soft_wrap=True,
+    )
     most = getattr(recipe.model, "max_chunks", data.policy.max_chunks)
     if data.policy.max_chunks > most:
         warn(

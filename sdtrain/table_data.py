@@ -21,6 +21,7 @@ from sdtrain.text_columns import digest_sum, total
 if TYPE_CHECKING:
     from PIL import Image
 
+    from sdprep.prompt_policy import PromptPolicy
     from sdprep.table import PhotoTable
 
 _DIGEST_ROWS = 65_536
@@ -123,11 +124,11 @@ class TableRows:
         return self._table
 
 
-def open_table(path: Path, *, with_boxes: bool = False) -> Splits:
+def open_table(path: Path, *, with_boxes: bool = False, needs_split: bool = True) -> Splits:
     """Open the kept rows of a table, by its own split; with the boxes of detectors if asked.
 
     Raises:
-        DataError: there is no such table.
+        DataError: there is no such table, or it has no split and needs one.
     """
     from sdprep.prepared_rows import score_column
     from sdprep.table import PhotoTable
@@ -142,21 +143,43 @@ def open_table(path: Path, *, with_boxes: bool = False) -> Splits:
     rows = table.kept(["id", "width", "height", "image_uri", "text", *also, *boxes, *ranks])
     if score:
         rows = rows.rename_columns([*rows.column_names[:-1], "score"])
-    notes = [
-        f"table version {table.version}; rejected rows stay out; score: {score or 'none'}",
-        "a table carries no prompt policy: the defaults hold, and the recipe's [prompt]",
-    ]
+    notes = [f"table version {table.version}; rejected rows stay out; score: {score or 'none'}"]
+    policy = _policy(table, rows)
     validation = None
     if "split" in also:
         is_validation = pc.fill_null(pc.equal(rows["split"], "validation"), False)
         validation = _split(path, rows.filter(is_validation))
         rows = rows.filter(pc.invert(is_validation))
+    elif needs_split:
+        raise DataError(
+            f"{path} has no split: nothing says which images are held out for validation",
+            f"Run: sdprep split {path} --validation 0.05. Or train on all of it: "
+            'data.splits = "all".',
+        )
     else:
-        notes.append("the table has no split: everything is trained on (see sdprep split)")
+        notes.append("the table has no split: all of it is taken")
     train = _split(path, rows)
     if train is None:
         raise DataError(f"{path} has no kept image to train on", "See: sdprep status TABLE")
-    return Splits(train, validation, str(table.version), notes)
+    return Splits(train, validation, str(table.version), notes, policy)
+
+
+def _policy(table: PhotoTable, rows: pa.Table) -> PromptPolicy | None:
+    """The policy of the recipe that was last run on the table, as it would be published."""
+    from sdprep.prompt_rows import spellings
+    from sdprep.table_policy import policy_of
+
+    policy = policy_of(table)
+    known = spellings(table) if policy is not None else None
+    if policy is None or known is None:
+        return policy
+    lists = [rows["tags"]] if "tags" in rows.column_names else []
+    silent = rows.filter(pc.is_null(rows["tags"])) if lists else rows
+    texts = silent["text"].combine_chunks()
+    if pa.types.is_struct(texts.type) and texts.type.get_field_index("tags") >= 0:
+        lists.append(pc.struct_field(texts, "tags"))  # what came with the image stands in
+    names = [pc.struct_field(pc.list_flatten(tags), "name").unique() for tags in lists]
+    return policy.with_aliases(known, (name for some in names for name in some.to_pylist()))
 
 
 def _repeats(rows: pa.Table, ids: Ids, path: Path) -> np.ndarray:

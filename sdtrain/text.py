@@ -38,6 +38,43 @@ class Chunks:
     num_dropped: int
 
 
+@dataclass(frozen=True)
+class ChunkText:
+    """One chunk of a prompt as people read it.
+
+    Args:
+        tokens: what each content token stands for in the prompt, with the blanks before it; a
+            letter of several tokens stands in the first of them.
+        num_padding: tokens behind EOS.
+        is_read: whether the encoders get it; what lies beyond the last chunk they do not.
+    """
+
+    tokens: list[str]
+    num_padding: int
+    is_read: bool = True
+
+
+def lay_out(tokenizer: Any, prompt: str, max_chunks: int, split: Split = "hard") -> list[ChunkText]:
+    """The same cuts as `tokenize`, in words; what is cut off is one more entry at the end."""
+    can_place = bool(getattr(tokenizer, "is_fast", False))
+    found = tokenizer(
+        prompt, add_special_tokens=False, verbose=False, return_offsets_mapping=can_place
+    )
+    ids = found["input_ids"]
+    if can_place:
+        ends = [0, *(end for _, end in found["offset_mapping"])]
+        words = [prompt[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    else:
+        words = [w.replace("</w>", " ") for w in tokenizer.convert_ids_to_tokens(ids)]
+    comma = tokenizer.convert_tokens_to_ids(COMMA) if split == "comma" else None
+    chunks, start = [], 0
+    for content in split_tokens(ids, comma)[:max_chunks]:
+        end = start + len(content)
+        chunks.append(ChunkText(words[start:end], CONTENT_TOKENS - len(content)))
+        start = end
+    return [*chunks, *([ChunkText(words[start:], 0, is_read=False)] if words[start:] else [])]
+
+
 def tokenize(tokenizer: Any, prompt: str, max_chunks: int, split: Split = "hard") -> Chunks:
     """Cut a prompt into wrapped chunks.
 

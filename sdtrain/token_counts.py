@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sdprep.clip_tokens import VOCABULARY, count_tokens, num_chunks
-from sdtrain.text import Split, tokenize
+from sdprep.clip_tokens import TOKENS_PER_CHUNK, VOCABULARY, count_tokens, num_chunks
+from sdtrain.text import COMMA_BACKTRACK_TOKENS, Split, tokenize
 
 _SAME = ("added_tokens", "normalizer", "pre_tokenizer")
 
@@ -21,6 +21,23 @@ def chunk_counter(tokenizer: Any, max_chunks: int, split: Split) -> Callable[[st
     if split == "hard" and is_clip(tokenizer):
         return lambda prompt: num_chunks(count_tokens(prompt), max_chunks)
     return lambda prompt: len(tokenize(tokenizer, prompt, max_chunks, split).ids)
+
+
+def cut_counter(tokenizer: Any, max_chunks: int, split: Split) -> Callable[[str], int]:
+    """The function from a prompt to its number of tokens beyond the last chunk that is kept."""
+    if not is_clip(tokenizer):
+        return lambda prompt: tokenize(tokenizer, prompt, max_chunks, split).num_dropped
+    most = max_chunks * TOKENS_PER_CHUNK
+    if split == "hard":
+        return lambda prompt: max(0, count_tokens(prompt) - most)
+    surely = most - (max_chunks - 1) * (COMMA_BACKTRACK_TOKENS - 1)  # however the commas lie
+
+    def cut(prompt: str) -> int:
+        if count_tokens(prompt) <= surely:
+            return 0
+        return tokenize(tokenizer, prompt, max_chunks, split).num_dropped
+
+    return cut
 
 
 def is_clip(tokenizer: Any) -> bool:

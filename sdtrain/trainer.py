@@ -48,6 +48,7 @@ class Outcome:
     best: str | None
     model: str | None
     verdict: dict[str, Any] | None
+    cut_text: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -95,6 +96,8 @@ def train(
                 open_files.callback(setup.encoder.flush)
                 fit(run, trackers, stop)
             world.on_main(lambda: page.refresh(folder, is_last=True))
+        if run.cut_text.prompts:
+            say(run.cut_text.sentence(run.samples_seen))
         if run.masked_out:
             say(f"{run.masked_out:,} samples lay whole inside masked boxes and did not count")
         if keeps_model:
@@ -112,6 +115,7 @@ def train(
         best=str(best) if best.is_dir() else None,
         model=str(folder.model) if folder.model.exists() else None,
         verdict=verdicts[-1] if verdicts and run.is_finished else None,
+        cut_text=run.cut_text.to_json(),
     )
 
 

@@ -79,6 +79,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     run.samples_seen += len(step.slots)
     run.step += 1
     run.masked_out += len(step.slots) - len(left)
+    cut = run.cut_text.take(step)
     for name, lr in rates.items():
         run.effort[name] = run.effort.get(name, 0.0) + lr * math.sqrt(len(step.slots))
     line = {
@@ -92,6 +93,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         "grad_norm": grad_norm,
         "lr": rates,
         **_found_rates(run.optimizer),
+        **cut,
     }
     return line if setup.boxes is None else {**line, "masked_out": len(step.slots) - len(left)}
 

@@ -24,11 +24,15 @@ from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet
 
 BASE = "base"
+AVERAGE = "-ema"
+"""What the name of a checkpoint ends with where its averaged weights are meant."""
 MAY_DIFFER = ("model.path", "model.revision", "model.gradient_checkpointing")
 """The fingerprint says whether it is the same model; the rest does not touch a forward."""
 
 
-def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) -> dict[str, Any]:
+def validate_checkpoints(
+    recipe: Any, paths: Sequence[Path], to: Path | None, *, ema: bool = False
+) -> dict[str, Any]:
     """Measure the base model and some checkpoints on the recipe's probe.
 
     Args:
@@ -37,18 +41,22 @@ def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) ->
             files, or LoRAs, which are put on the recipe's model.
         to: folder for `<probe_id>/<checkpoint>.npz`; default: the recipe's output with
             `-validate` behind it, so that a run's own record stays as it is.
+        ema: also measure the average that each checkpoint holds, as `<checkpoint>-ema`.
 
     Returns:
         path, the table of means, and the comparisons with the base model.
 
     Raises:
-        DataError: a checkpoint belongs to another model, or there is nothing to evaluate on.
+        DataError: a checkpoint belongs to another model or holds no average that was asked for, or
+            there is nothing to evaluate on.
     """
     paths = [followed(path) for path in paths]
     labels, kinds = _labels(paths), [kind_of(path) for path in paths]
     states = [
         checked_state(p) if k == "checkpoint" else None for p, k in zip(paths, kinds, strict=True)
     ]
+    if ema:
+        _must_hold_averages(paths, kinds)
     setup = open_setup(recipe)
     for path, state in zip(paths, states, strict=True):
         if state is not None:
@@ -69,6 +77,11 @@ def validate_checkpoints(recipe: Any, paths: Sequence[Path], to: Path | None) ->
             continue
         with loaded(setup, path) if kind == "checkpoint" else _adapted(setup, path):
             rows += _measure(label, probes)
+        if ema:
+            with loaded(setup, path, ema=True):
+                rows += _measure(label + AVERAGE, probes)
+    if ema:
+        labels = [name for label in labels for name in (label, label + AVERAGE)]
     pairs = compare_measured(_with_base(probes, labels))
     return {"path": str(folder), "evaluations": rows, "comparisons": pairs}
 
@@ -148,6 +161,17 @@ def checked_state(path: Path) -> dict[str, Any] | None:
     )
 
 
+def _must_hold_averages(paths: Sequence[Path], kinds: Sequence[str]) -> None:
+    """Before anything is measured: each path is a checkpoint that holds an average."""
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind != "checkpoint":
+            raise DataError(
+                f"--ema: {path} is no checkpoint of a run, and only those hold averages",
+                "Measure it without --ema.",
+            )
+        checkpoint.must_hold_average(path)
+
+
 def must_fit(path: Path, state: dict[str, Any], setup: Setup) -> None:
     """The checkpoint's tensors must mean the same in this recipe's model."""
     saved, current = state["conditions"], setup.conditions()
@@ -164,9 +188,9 @@ def must_fit(path: Path, state: dict[str, Any], setup: Setup) -> None:
 
 
 @contextmanager
-def loaded(setup: Setup, path: Path) -> Iterator[None]:
+def loaded(setup: Setup, path: Path, *, ema: bool = False) -> Iterator[None]:
     """The checkpoint's tensors in the model; the base model's are put back afterwards."""
-    saved = checkpoint.read_trained(path)
+    saved = checkpoint.read_weights(path, ema=ema)
     places = {**setup.plan.frozen, **setup.plan.trained()}
     before = {key: places[key].detach().clone() for key in saved if key in places}
     try:

@@ -28,6 +28,7 @@ SHARED_WITH_TRAINER = {
         "lock",
         "prompt_policy",
         "prompt_record",
+        "prompt_explained",
     ),
     *("masks", "hub_access", "card_text"),
     *("contrastive", "model_files"),  # CLIP and SigLIP: both programs look at pictures with them

@@ -17,8 +17,9 @@ from PIL import Image
 from sdprep.buckets import Bucket
 from sdprep.errors import DataError, RecipeError
 from sdprep.prompt_policy import PromptPolicy
-from sdprep.schema import CORE
+from sdprep.schema import CORE, FOLDS
 from sdprep.table import PhotoTable
+from sdprep.table_policy import remember_policy
 from sdtrain.buckets import assign, require_enough
 from sdtrain.dataset import TrainingData, fingerprint, open_data, renderer
 from sdtrain.pixels import evaluation_view, picture_of, training_view
@@ -271,11 +272,55 @@ def test_a_table_is_trained_on_as_it_stands(table: PhotoTable) -> None:
     assert again.image(2).tobytes() == data.train.image(2).tobytes()
 
 
-def test_a_table_without_a_split_says_so(table: PhotoTable) -> None:
-    data = opened(table.path)
+def test_a_table_without_a_split_is_refused_unless_all_of_it_is_meant(table: PhotoTable) -> None:
+    with pytest.raises(DataError, match="has no split") as refused:
+        opened(table.path)
+    assert "sdprep split" in refused.value.hint
+    data = opened(table.path, splits="all")
     assert data.validation is None
     assert len(data.train) == 5
     assert any("no split" in note for note in data.notes)
+    prior = open_data(DataSection(path=str(table.path)), PromptPolicy(), needs_split=False)
+    assert len(prior.train) == 5
+
+
+def test_every_kind_of_data_says_whose_policy_is_in_force(
+    table: PhotoTable, prepared_folder: Path, tmp_path: Path
+) -> None:
+    assert opened(prepared_folder).policy_origin.startswith("published with the data set")
+    changed = opened(prepared_folder, prompt={"dropout_p": 0.5, "score": {"position": "none"}})
+    assert changed.policy_origin.endswith("the recipe's [prompt] sets dropout_p, score")
+    bare = write_prepared(tmp_path / "bare", [prepared_row(0)], policy={})
+    assert opened(bare).policy_origin.startswith("the defaults: the data set has none")
+    plain = opened(table.path, splits="all")
+    assert plain.policy == PromptPolicy()
+    assert plain.policy_origin.startswith("the defaults: the table keeps none")
+
+
+def test_a_table_is_trained_on_under_the_policy_that_it_keeps(
+    table: PhotoTable, tmp_path: Path
+) -> None:
+    """The very policy that publishing writes, other names of tags included."""
+    from sdprep.prompt_rows import spellings
+    from sdprep.publish import publish
+
+    aliases = tmp_path / "aliases.csv"
+    aliases.write_text("cat,0,90,kitty\ndog,0,80,hound\nhorse,0,70,pony\n", encoding="utf-8")
+    some = [[{"name": "dog", "category": "general"}], None, None, None, None]
+    tags = pa.array(some, FOLDS["tags"])  # the others keep what came with them: cat
+    notes = {"tags_config": json.dumps({"aliases": str(aliases)})}
+    with table.writer():
+        ids = [prepared_row(n)["id"] for n in range(5)]
+        table.write_fold(ids, {"tags": tags}, stage="tags", notes=notes)
+    policy = PromptPolicy(mode="concat", dropout_p=0.25)
+    remember_policy(table, policy)
+    data = opened(table.path, splits="all", prompt={"max_chunks": 2})
+    assert data.policy_origin.startswith("kept in the table by the last sdprep run")
+    assert data.policy.aliases == {"cat": ("kitty",), "dog": ("hound",)}
+    published = publish(table, tmp_path / "out", policy=policy, spellings=spellings(table))
+    card = opened(published.path, prompt={"max_chunks": 2})
+    assert card.policy == data.policy
+    assert (data.policy.mode, data.policy.dropout_p, data.policy.max_chunks) == ("concat", 0.25, 2)
 
 
 # --- rows to texts and pixels ---------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_a_curated_table_has_boxes_of_all_detectors(tmp_path: Path) -> None:
         ):
             table.ensure_annotator(name, COLUMNS, "some fingerprint")
             table.update_rows(ids, {name: pa.array(found, table.schema.field(name).type)})
-    section = DataSection(path=str(table.path))
+    section = DataSection(path=str(table.path), splits="all")
     train = open_data(section, PromptPolicy(), with_boxes=True).train
     labels = [[b["label"] for b in boxes] for boxes in train.boxes([1, 0])]
     assert [sorted(found) for found in labels] == [[], ["text", "watermark"]]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdtrain.text import join_chunks, split_tokens, tokenize
-from sdtrain.token_counts import chunk_counter, is_clip
+from sdtrain.token_counts import chunk_counter, cut_counter, is_clip
 from tests.tiny import load_tiny
 
 BOS, EOS, COMMA = 49406, 49407, 267
@@ -132,3 +132,18 @@ def test_another_tokenizer_is_not_taken_for_clips(tokenizers: dict[str, Any]) ->
     other.backend_tokenizer.normalizer = None
     assert not is_clip(other)
     assert not is_clip(object())
+
+
+@pytest.mark.parametrize("split", ["hard", "comma"])
+@pytest.mark.parametrize("max_chunks", [1, 2, 3])
+def test_what_is_cut_is_counted_as_tokenising_counts_it(
+    tokenizers: dict[str, Any], split: Any, max_chunks: int
+) -> None:
+    tokenizer = tokenizers["tokenizer"]
+    count = cut_counter(tokenizer, max_chunks, split)
+    texts = [", ".join(["a cat on a mat"] * n) + " tail" * (n % 7) for n in range(60)]
+    texts += [" ".join(["cat"] * n) for n in (0, 74, 75, 76, 150, 151, 225, 226)]
+    expected = [tokenize(tokenizer, text, max_chunks, split).num_dropped for text in texts]
+    assert [count(text) for text in texts] == expected
+    assert 0 in expected
+    assert max(expected) > 0

@@ -66,7 +66,7 @@ def publish(
         found = publish_preview(opened, config)
         show_report(found, json_, publish_preview_text(found))
         return
-    report = publish_stage(opened, config, read_policy(policy))
+    report = publish_stage(opened, config, read_policy(policy, opened))
     show_report(report, json_, publish_text(report))
 
 

@@ -8,13 +8,14 @@ from typing import Any
 from sdprep.commands.text import grid
 from sdprep.prompt_policy import PromptPolicy, load_policy
 from sdprep.table import PhotoTable
+from sdprep.table_policy import policy_of
 
 _BAR = 40
 
 
-def read_policy(path: Path | None) -> PromptPolicy:
-    """A policy file, or the defaults."""
-    return load_policy(path) if path else PromptPolicy()
+def read_policy(path: Path | None, table: PhotoTable) -> PromptPolicy:
+    """A policy file, or what the table keeps of the last recipe, or the defaults."""
+    return load_policy(path) if path else policy_of(table) or PromptPolicy()
 
 
 def preview(
@@ -25,7 +26,7 @@ def preview(
     from sdprep.prompt_stats import changed_knobs, compare, previews
 
     rows = prompt_rows(table)
-    policies = [with_spellings(read_policy(file), table, rows) for file in files]
+    policies = [with_spellings(read_policy(file, table), table, rows) for file in files]
     shown = rows[:count]
     if len(policies) == 1:
         found = list(previews(shown, policies[0], seed, visit=visit))
@@ -60,7 +61,7 @@ def statistics(
     from sdprep.prompt_stats import statistics as count
 
     rows = prompt_rows(table)
-    policies = [with_spellings(read_policy(file), table, rows) for file in files]
+    policies = [with_spellings(read_policy(file, table), table, rows) for file in files]
     counted = [count(rows, policy, seed) for policy in policies]
     if to:
         from sdprep.prompt_figure import draw_statistics

@@ -13,6 +13,10 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key. Repeats."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Average = Annotated[
+    bool,
+    typer.Option("--ema", help="Take the averaged weights of checkpoints of a run with [ema]."),
+]
 Prompts = Annotated[
     Path, typer.Option(help="Text file, one prompt a line; an empty line is the empty prompt.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdprep.console import out, print_json
-from sdtrain.commands.common import Json, Prompts
+from sdtrain.commands.common import Average, Json, Prompts
 
 Device = Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; default: the recipe's.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler; default: the run's.")]
@@ -28,6 +28,7 @@ def sample(
     ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"{_SAMPLER}; default: the run's.")] = None,
     device: Device = None,
+    ema: Average = False,
     as_json: Json = False,
 ) -> None:
     """Draw prompts with a checkpoint."""
@@ -43,6 +44,7 @@ def sample(
         guidance_scale=guidance,
         sampler=sampler,
         device=device,
+        ema=ema,
     )
     if as_json:
         print_json(found)
@@ -83,6 +85,7 @@ def grid(
         float | None, typer.Option(min=0.1, help="Seconds between looks of --follow; default 30.")
     ] = None,
     device: Device = None,
+    ema: Average = False,
     as_json: Json = False,
 ) -> None:
     """Draw the same prompts with several models, side by side, as a picture and a page."""
@@ -96,10 +99,18 @@ def grid(
         raise UserError("--every is for --follow")
     if follow is not None and not page:
         raise UserError("--no-page is not for --follow, which always writes its page")
+    if follow is not None and ema:
+        raise UserError("--ema is not for --follow, which draws the weights that train")
     axes = Axes(read_prompts(prompts), seeds or (), guidance or (), sampler or (), steps)
     if follow is None:
         assert checkpoints is not None
-        found = draw_grid(checkpoints, axes, to, has_page=page, embedding=embedding, device=device)
+        found = draw_grid(
+            *(checkpoints, axes, to),
+            has_page=page,
+            embedding=embedding,
+            device=device,
+            ema=ema,
+        )
     else:
         from sdtrain.follow import Follower
         from sdtrain.follow import follow as keep_following

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdprep.console import out, print_json
-from sdtrain.commands.common import Json
+from sdtrain.commands.common import Average, Json
 
 
 def export(
@@ -27,6 +27,7 @@ def export(
     title: Annotated[str | None, typer.Option(help="Default: the name of the file.")] = None,
     author: Annotated[str | None, typer.Option(help="Who made the model.")] = None,
     description: Annotated[str | None, typer.Option(help="What the model is.")] = None,
+    ema: Average = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint for ComfyUI, A1111 or diffusers."""
@@ -34,7 +35,7 @@ def export(
 
     known = {"author": author, "description": description}
     about = {key: value for key, value in known.items() if value is not None}
-    found = write(checkpoint, form, to, dtype=dtype, title=title, about=about)
+    found = write(checkpoint, form, to, dtype=dtype, title=title, about=about, ema=ema)
     if as_json:
         print_json(found)
     else:

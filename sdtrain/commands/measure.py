@@ -25,6 +25,10 @@ def validate(
         Path | None,
         typer.Option(help="Folder for the loss matrices; default: the output plus -validate."),
     ] = None,
+    ema: Annotated[
+        bool,
+        typer.Option("--ema", help="Also measure the averaged weights, of runs with [ema]."),
+    ] = False,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +37,7 @@ def validate(
     from sdtrain.recipe import load_train_recipe
 
     loaded = load_train_recipe(recipe, settings or ())
-    found = validation.validate_checkpoints(loaded, checkpoints, to)
+    found = validation.validate_checkpoints(loaded, checkpoints, to, ema=ema)
     if as_json:
         print_json(validation.to_json(found))
     else:

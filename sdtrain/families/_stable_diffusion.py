@@ -24,17 +24,19 @@ from sdtrain.formats.schedulers import ddpm_scheduler, is_edm, is_flow
 from sdtrain.freeze_plan import tensor_hash
 from sdtrain.paths import canonical_path, is_adapter
 from sdtrain.text import (
+    ChunkText,
     Convention,
     Split,
     TextConditioning,
     encode_chunks,
     join_chunks,
     join_conditioning,
+    lay_out,
     split_conditioning,
     tokenize,
     tokenizer_digest,
 )
-from sdtrain.token_counts import chunk_counter
+from sdtrain.token_counts import chunk_counter, cut_counter
 
 FULL_SIZE_MULTIPLE_PX = 64
 SMALLEST_FULL_SIZE_PX = 512
@@ -235,17 +237,24 @@ class StableDiffusion:
         """How many chunks a prompt takes."""
         return self._count_chunks(prompt)
 
+    def prompt_layout(self, prompt: str) -> list[ChunkText]:
+        """What the tokens stand for, chunk by chunk."""
+        tokenizer = self.folder.tokenizers["tokenizer"]
+        return lay_out(tokenizer, prompt, self.options.max_chunks, self.options.split)
+
     def num_tokens_cut(self, prompt: str) -> int:
         """Tokens beyond the last chunk that is kept."""
-        if self.num_chunks(prompt) < self.options.max_chunks:
-            return 0
-        tokenizer = self.folder.tokenizers["tokenizer"]
-        return tokenize(tokenizer, prompt, self.options.max_chunks, self.options.split).num_dropped
+        return self._count_cut(prompt)
 
     @cached_property
     def _count_chunks(self) -> Callable[[str], int]:
         tokenizer = self.folder.tokenizers["tokenizer"]
         return chunk_counter(tokenizer, self.options.max_chunks, self.options.split)
+
+    @cached_property
+    def _count_cut(self) -> Callable[[str], int]:
+        tokenizer = self.folder.tokenizers["tokenizer"]
+        return cut_counter(tokenizer, self.options.max_chunks, self.options.split)
 
     def _tokenize(self, encoder: str, prompt: str) -> Tensor:
         tokenizer = self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
