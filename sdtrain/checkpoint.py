@@ -20,6 +20,8 @@ from torch import Tensor
 
 from sdprep.console import say, warn
 from sdprep.errors import DataError, UserError
+from sdtrain.checksums import checksums, why_changed
+from sdtrain.disk import as_os_error
 from sdtrain.engine import Engine, laid_out_like
 from sdtrain.world import ALONE
 
@@ -162,8 +164,10 @@ def write(folder: Path, snapshot: Snapshot, keep: int, best: int | None = None) 
         temporary.mkdir()
         _write_files(temporary, snapshot)
         _put_in_place(temporary, final)
-    except OSError as error:
+    except Exception as error:  # safetensors has errors of its own for what the disk says
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError) and as_os_error(error) is None:
+            raise
         raise UserError(
             f"cannot write checkpoint {final}: {error}",
             "Earlier checkpoints are untouched. Free some space, then run the same command again.",
@@ -185,7 +189,8 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     for name, tensors in snapshot.more.items():
         save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
     more = {"more": sorted(snapshot.more)} if snapshot.more else {}
-    state = json.dumps({**snapshot.state, **more}, ensure_ascii=False, indent=1)
+    files = {"files": checksums(sorted(folder.iterdir()))}
+    state = json.dumps({**snapshot.state, **more, **files}, ensure_ascii=False, indent=1)
     (folder / STATE).write_text(state, encoding="utf-8", newline="\n")
     for file in sorted(folder.iterdir()):
         with file.open("rb+") as opened:
@@ -263,11 +268,11 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     file = path / STATE
     if not file.is_file():
-        raise DataError(f"{path} is no checkpoint of sdtrain: it has no {STATE}")
+        raise DataError(f"{path} is no checkpoint of sdtrain: it has no {STATE}", older_than(path))
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{file} is damaged: {error}", "Resume from an older one.") from None
+        raise DataError(f"{file} is damaged: {error}", older_than(path) or NO_OLDER_ONE) from None
     found = state.get("format_version")
     if found != FORMAT_VERSION:
         raise DataError(f"{path} has format version {found}, expected {FORMAT_VERSION}")
@@ -275,8 +280,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_trained(path: Path) -> dict[str, Tensor]:
-    """Trained parameters of a checkpoint by canonical path."""
-    return _tensors(path / TRAINED)
+    """Trained parameters of a checkpoint by canonical path.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    return _tensors(path / TRAINED, read_state(path))
 
 
 def read_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
@@ -311,21 +320,42 @@ def read(path: Path) -> Snapshot:
         DataError: a file is missing or damaged.
     """
     state = read_state(path)
-    more = {name: _tensors(path / f"{name}.safetensors") for name in state.get("more", [])}
-    return Snapshot(state, read_trained(path), _tensors(path / OPTIMIZER), more)
+    more = {name: _tensors(path / f"{name}.safetensors", state) for name in state.get("more", [])}
+    trained, optimizer = (_tensors(path / name, state) for name in (TRAINED, OPTIMIZER))
+    state.pop("files", None)
+    return Snapshot(state, trained, optimizer, more)
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _tensors(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
+        problem = why_changed(file, state.get("files", {}).get(file.name))
+        if problem is None:
+            return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{file} is missing or damaged: {error}",
-            "Resume from an older checkpoint: --resume PATH.",
-        ) from None
+        problem = str(error)
+    raise DataError(
+        f"{file} is missing or damaged: {problem}", older_than(file.parent) or NO_OLDER_ONE
+    )
+
+
+NO_OLDER_ONE = "There is no older checkpoint beside it; start anew in another output."
+
+
+def older_than(path: Path) -> str:
+    """Which checkpoint before a damaged one is whole, as a sentence; empty if none is."""
+    if not path.name.isdecimal():
+        return ""
+    older = [each for each in checkpoints(path.parent) if int(each.name) < int(path.name)]
+    if not older:
+        return ""
+    try:
+        read(older[-1])
+    except DataError as error:
+        return error.hint  # which looked further back
+    return f"The next older one that is whole is {older[-1]}: --resume {older[-1]}"
 
 
 # --- what may differ ------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 
 from sdprep.errors import UserError
 from sdtrain import checkpoint
+from sdtrain.disk import is_full
 
 if TYPE_CHECKING:
     from sdtrain.run import Run
 
-FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -29,22 +28,23 @@ def explained(run: Run) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not _is_out_of_memory(error):
-            raise
-        where = f"{run.setup.device} is out of memory after {run.samples_seen:,} samples"
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{where}: {reason[0]}" if reason else where,
-            f"{_how_to_need_less(run)} {newest_checkpoint(run.folder.checkpoints)}",
-        ) from error
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise UserError(
-            f"the disk of {run.folder.path} is full after {run.samples_seen:,} samples: {error}",
-            f"Free some space. {newest_checkpoint(run.folder.checkpoints)}",
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            where = f"{run.setup.device} is out of memory after {run.samples_seen:,} samples"
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"{where}: {reason[0]}" if reason else where,
+                f"{_how_to_need_less(run)} {newest_checkpoint(run.folder.checkpoints)}",
+            ) from error
+        if is_full(error):
+            raise UserError(
+                f"the disk of {run.folder.path} is full after {run.samples_seen:,} samples: "
+                f"{error}",
+                f"Free some space. {newest_checkpoint(run.folder.checkpoints)}",
+            ) from error
+        raise
 
 
 def newest_checkpoint(folder: Path) -> str:
@@ -58,6 +58,8 @@ def newest_checkpoint(folder: Path) -> str:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if not isinstance(error, RuntimeError):
+        return False
     return any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +14,20 @@ from torch import Tensor, nn
 
 from sdprep.errors import DataError
 from sdtrain import checkpoint
+from sdtrain.formats.adapter_weights import (
+    KINDS,
+    Ends,
+    NoSuchKindError,
+    changed,
+    plain_name,
+    split_key,
+)
 from sdtrain.formats.lora_keys import kohya_stem
 from sdtrain.formats.single_file import is_single_file
 
 Kind = Literal["checkpoint", "model", "adapter"]
 MODEL_INDEX = "model_index.json"
 ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "lora-kohya.safetensors")
-# The two matrices of a LoRA by the ends of their keys: kohya's, peft's, and older diffusers'.
-PAIRS = (
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora.down.weight", ".lora.up.weight"),
-)
-ALPHA = ".alpha"
 _MARKS = ("lora_", "hada_", "lokr_", "oft_", "dora_", ".lora.", "ia3")
 _SHOWN = 3
 
@@ -69,12 +71,12 @@ def adapter_file(path: Path) -> Path | None:
 
 
 def _is_adapter_key(name: str) -> bool:
-    return name.endswith(ALPHA) or any(mark in name for mark in _MARKS)
+    return name.endswith(".alpha") or any(mark in name for mark in _MARKS)
 
 
 @contextmanager
 def with_adapter(family: Any, places: Mapping[str, nn.Parameter], path: Path) -> Iterator[None]:
-    """A LoRA folded into the base weights; they come back bit for bit afterwards.
+    """An adapter folded into the base weights; they come back bit for bit afterwards.
 
     Args:
         family: names the modules.
@@ -82,7 +84,7 @@ def with_adapter(family: Any, places: Mapping[str, nn.Parameter], path: Path) ->
         path: file or folder.
 
     Raises:
-        DataError: it is of another model, or of a kind that only its own recipe can load.
+        DataError: it is of another model, or of a kind that is not known.
     """
     deltas = read_deltas(family, places, path)
     before = {name: places[name].detach().clone() for name in deltas}
@@ -98,33 +100,75 @@ def with_adapter(family: Any, places: Mapping[str, nn.Parameter], path: Path) ->
 
 
 def read_deltas(family: Any, places: Mapping[str, nn.Parameter], path: Path) -> dict[str, Tensor]:
-    """What a LoRA adds to each base weight, by its canonical path, float32."""
-    from safetensors import safe_open
-
+    """What an adapter adds to each base weight and bias, by its canonical path, float32."""
     file = adapter_file(path)
     assert file is not None, "kind_of said so"
+    modules, settings = _modules(file)
+    stems = _stems(family, places)
+    deltas: dict[str, Tensor] = {}
+    misfits: dict[str, str] = {}
+    for stem, ends in modules.items():
+        target = stems.get(stem)
+        if target is None:
+            misfits |= {f"{stem}.{end}": "this model has no such layer" for end in ends}
+            continue
+        first = min(ends)
+        try:
+            deltas |= _of_module(target, ends, places, settings)
+        except NoSuchKindError as error:
+            misfits[f"{stem}.{first}"] = str(error)
+            continue
+        misfits |= {f"{stem}.{end}": f"only {KINDS} can be read here" for end in ends}
+    if misfits or not deltas:
+        raise _misfit(file, misfits)
+    return deltas
+
+
+def _modules(file: Path) -> tuple[dict[str, Ends], dict[str, Any]]:
+    """Tensors of a file by module and plain end, and what its metadata says about alpha."""
+    from safetensors import safe_open
+
+    modules: dict[str, Ends] = {}
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    stems = _stems(family, places)
-    deltas, used = {}, set()
-    for name in tensors:
-        for down_end, up_end in PAIRS:
-            if not name.endswith(down_end):
-                continue
-            stem = name.removesuffix(down_end)
-            target = stems.get(stem)
-            if target is None or stem + up_end not in tensors:
-                raise _misfit(file, [name], "this model has no such layer")
-            used |= {name, stem + up_end, stem + ALPHA}
-            pair = tensors[name].float(), tensors[stem + up_end].float()
-            alpha = tensors.get(stem + ALPHA)
-            scale = _alpha(metadata, target, alpha, len(pair[0])) / len(pair[0])
-            deltas[target] = scale * _product(file, *pair, shape=places[target].shape, name=name)
-    left = sorted(set(tensors) - used)
-    if left or not deltas:
-        raise _misfit(file, left, "only plain LoRA and LoCon can be read here")
-    return deltas
+        for key in opened.keys():  # noqa: SIM118
+            stem, end = split_key(key)
+            plain, tensor = plain_name(end, opened.get_tensor(key))
+            modules.setdefault(stem, {})[plain] = tensor
+    return modules, dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+
+
+def _of_module(
+    target: str, ends: Ends, places: Mapping[str, nn.Parameter], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """What the tensors of one module change: its weight, its bias, or both."""
+    found: dict[str, Tensor] = {}
+    bias = target.removesuffix("weight") + "bias"
+    for end in ("diff_b", "b_norm"):
+        if end not in ends:
+            continue
+        if bias not in places or places[bias].shape != ends[end].shape:
+            raise NoSuchKindError(f"the layer has no bias of {tuple(ends[end].shape)}")
+        found[bias] = ends.pop(end).float()
+    if ends:
+        alpha = _alpha(settings, target.removesuffix(".weight"), ends)
+        base = places[target].detach().float()
+        found[target] = changed(base, ends, alpha) - base
+    return found
+
+
+def _alpha(settings: Mapping[str, Any], module: str, ends: Ends) -> float | None:
+    """Alpha of one layer by diffusers' metadata, as it would stand beside the tensors."""
+    part, _, name = module.partition(".")
+    alpha = settings.get(f"{part}.lora_alpha")
+    for pattern, special in (settings.get(f"{part}.alpha_pattern") or {}).items():
+        if f".{name}".endswith(f".{pattern}"):
+            alpha = special
+    if alpha is None or "lora_down.weight" not in ends:
+        return None
+    rank = len(ends["lora_down.weight"])
+    # Rank-stabilized: over the root of the rank.
+    return float(alpha) * (math.sqrt(rank) if settings.get(f"{part}.use_rslora") else 1.0)
 
 
 def _stems(family: Any, places: Mapping[str, nn.Parameter]) -> dict[str, str]:
@@ -132,37 +176,24 @@ def _stems(family: Any, places: Mapping[str, nn.Parameter]) -> dict[str, str]:
     found: dict[str, str] = {}
     two = "text_encoder_2" in family.parts
     config = family.parts["unet"].config
-    for path, parameter in places.items():
-        if not path.endswith(".weight") or parameter.dim() not in (2, 4):
+    for path in places:
+        if not path.endswith(".weight"):
             continue
         module = path.removesuffix(".weight")
         found[module] = path
         found[module.replace(".text_model.", ".")] = path
         try:
             found[kohya_stem(module, has_two_encoders=two, unet_config=config)] = path
-        except (AssertionError, KeyError):  # embeddings and the like have no name there
+        except (AssertionError, KeyError, ValueError):  # the VAE has no name there
             continue
         found[kohya_stem(module, has_two_encoders=False, unet_config=config)] = path
     return found
 
 
-def _alpha(metadata: Mapping[str, str], target: str, tensor: Tensor | None, rank: int) -> float:
-    """Alpha of one layer: beside it, in diffusers' metadata, or as large as the rank."""
-    if tensor is not None:
-        return float(tensor)
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return float(settings.get(f"{target.partition('.')[0]}.lora_alpha", rank))
-
-
-def _product(file: Path, down: Tensor, up: Tensor, *, shape: torch.Size, name: str) -> Tensor:
-    product = up.flatten(1) @ down.flatten(1)
-    if product.numel() != shape.numel() or product.shape[0] != shape[0]:
-        raise _misfit(file, [name], f"the layer's weight is {tuple(shape)}")
-    return product.reshape(shape)
-
-
-def _misfit(file: Path, names: list[str], why: str) -> DataError:
+def _misfit(file: Path, misfits: Mapping[str, str]) -> DataError:
+    names = sorted(misfits)
     shown = ", ".join(names[:_SHOWN])
+    why = misfits[names[0]] if names else "there is nothing in it"
     return DataError(
         f"{file} cannot be put on this model: {len(names)} tensors do not fit, such as {shown}: "
         f"{why}",

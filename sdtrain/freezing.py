@@ -256,7 +256,16 @@ def _groups(
 
 
 def set_modes(parts: Mapping[str, nn.Module]) -> None:
-    """Training mode for every module that holds something trainable, eval mode for the others."""
+    """Training mode for every module that holds something trainable, eval mode for the others.
+
+    What holds no parameter at all, such as a dropout, goes with the module that it is in.
+    """
     for part in parts.values():
-        for module in part.modules():
-            module.training = any(p.requires_grad for p in module.parameters())
+        _set_mode(part, inherited=False)
+
+
+def _set_mode(module: nn.Module, *, inherited: bool) -> None:
+    parameters = list(module.parameters())
+    module.training = any(p.requires_grad for p in parameters) if parameters else inherited
+    for child in module.children():
+        _set_mode(child, inherited=module.training)

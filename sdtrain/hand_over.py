@@ -26,12 +26,16 @@ def hand_over(run: Run) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     best = followed(run.folder.checkpoints / BEST)
     is_best = run.course is not None and run.course.stop is not None and best.is_dir()
-    if run.setup.engine.is_sharded:
-        newest = run.folder.checkpoints / str(run.samples_seen)
-        _save_from_checkpoint(run, best if is_best else newest, temporary)
-    else:
-        with run.weights_of(best) if is_best else run.weights_to_hand_over():
-            run.setup.adapter.save(run.setup.family, temporary)
+    try:
+        if run.setup.engine.is_sharded:
+            newest = run.folder.checkpoints / str(run.samples_seen)
+            _save_from_checkpoint(run, best if is_best else newest, temporary)
+        else:
+            with run.weights_of(best) if is_best else run.weights_to_hand_over():
+                run.setup.adapter.save(run.setup.family, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full of it
+        raise
     temporary.replace(final)
     if is_best:
         say(f"model/ is the best checkpoint, {best}")

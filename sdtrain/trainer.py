@@ -85,23 +85,26 @@ def train(
         world.on_main(lambda: stack.enter_context(folder.writing()))
         stop = stack.enter_context(StopRequest())
         run = begin(setup, folder, resume=resume, accept=accept)
-        if not run.is_finished:
-            world.on_main(lambda: folder.describe(recipe, facts(setup)))
-            with ExitStack() as open_files, explained(run):
-                trackers: list[Any] = []  # only the main process has any
-                resumed_at = run.samples_seen or None
-                world.on_main(lambda: trackers.extend(open_trackers(recipe, folder, resumed_at)))
-                for tracker in trackers:
-                    open_files.callback(tracker.close)
-                open_files.callback(setup.encoder.flush)
-                fit(run, trackers, stop)
-            world.on_main(lambda: page.refresh(folder, is_last=True))
-        if run.cut_text.prompts:
-            say(run.cut_text.sentence(run.samples_seen))
-        if run.masked_out:
-            say(f"{run.masked_out:,} samples lay whole inside masked boxes and did not count")
-        if keeps_model:
-            world.on_main(lambda: hand_over(run))
+        with explained(run):
+            if not run.is_finished:
+                world.on_main(lambda: folder.describe(recipe, facts(setup)))
+                with ExitStack() as open_files:  # closing writes, too
+                    trackers: list[Any] = []  # only the main process has any
+                    resumed_at = run.samples_seen or None
+                    world.on_main(
+                        lambda: trackers.extend(open_trackers(recipe, folder, resumed_at))
+                    )
+                    for tracker in trackers:
+                        open_files.callback(tracker.close)
+                    open_files.callback(setup.encoder.flush)
+                    fit(run, trackers, stop)
+                world.on_main(lambda: page.refresh(folder, is_last=True))
+            if run.cut_text.prompts:
+                say(run.cut_text.sentence(run.samples_seen))
+            if run.masked_out:
+                say(f"{run.masked_out:,} samples lay whole inside masked boxes and did not count")
+            if keeps_model:
+                world.on_main(lambda: hand_over(run))
     newest = checkpoint.checkpoints(folder.checkpoints)[-1:]
     best = followed(folder.checkpoints / BEST)
     verdicts = [line for line in read_metrics(folder.metrics) if line["kind"] == "verdict"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdprep.errors import UserError
+from sdprep.seeding import integer
 from sdtrain.batch import Batch
 from sdtrain.buckets import Step
 from sdtrain.engine import whole
@@ -56,13 +58,14 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         num_samples = num_samples or max(1, setup.reader().num_left(micro.step.slots))
         masked = torch.tensor(masked_out(setup, batch))
         batch = setup.encoder.encoded(batch.to(setup.device))
-        losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
         logsnr = setup.family.logsnr(batch.u)
         weights = run.weighting(logsnr.exp(), setup.family.prediction_type)
         weights = weights * torch.tensor([slot.weight for slot in micro.slots])
         counted = weights.to(setup.device) * (0.0 if micro.is_padding else 1.0)
         divisor = num_samples / setup.engine.loss_factor
-        run.scaler.scale((counted * losses).sum() / divisor).backward()
+        with keyed_dropout(setup, micro):
+            losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
+            run.scaler.scale((counted * losses).sum() / divisor).backward()
         pieces.append((micro, losses.detach(), torch.stack([weights, logsnr, masked])))
         if micro.is_last:
             break
@@ -80,7 +83,7 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
     run.step += 1
     run.masked_out += len(step.slots) - len(left)
     cut = run.cut_text.take(step)
-    for name, lr in rates.items():
+    for name, lr in rates.items() if not run.skipped_in_a_row else ():
         run.effort[name] = run.effort.get(name, 0.0) + lr * math.sqrt(len(step.slots))
     line = {
         "kind": "train",
@@ -96,6 +99,20 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         **cut,
     }
     return line if setup.boxes is None else {**line, "masked_out": len(step.slots) - len(left)}
+
+
+@contextmanager
+def keyed_dropout(setup: Setup, micro: MicroBatch) -> Iterator[None]:
+    """Dropout of the networks themselves, where their configuration has some, keyed by the clock.
+
+    It is the one thing that draws from torch's own generators; they are as before afterwards.
+    Another micro-batch size draws other masks.
+    """
+    device = setup.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        step = micro.step.samples_seen
+        torch.manual_seed(integer(setup.recipe.seed, "dropout", step, *micro.positions[:1]))
+        yield
 
 
 def masked_out(setup: Setup, batch: Batch) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,47 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         checkpoint.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        (checkpoint.TRAINED, "cut", r"it has \d+ bytes, \d+ were written"),
+        (checkpoint.OPTIMIZER, "flip", "its checksum is not that of what was written"),
+        (checkpoint.OPTIMIZER, "delete", "No such file"),
+        (checkpoint.STATE, "cut", "is damaged"),
+        (checkpoint.STATE, "delete", "has no state.json"),
+    ],
+)
+def test_a_damaged_newest_one_names_the_next_whole_one(
+    tmp_path: Path, file: str, change: str, words: str
+) -> None:
+    for samples in (8, 16, 24):
+        checkpoint.write(tmp_path, snapshot(samples), keep=5)
+    damage(tmp_path / "24" / file, change)
+    with pytest.raises(DataError, match=words) as caught:
+        checkpoint.read(tmp_path / "24")
+    assert str(tmp_path / "24") in caught.value.message
+    assert f"--resume {tmp_path / '16'}" in caught.value.hint
+    damage(tmp_path / "16" / checkpoint.TRAINED, "flip")
+    with pytest.raises(DataError) as caught:
+        checkpoint.read(tmp_path / "24")
+    assert f"--resume {tmp_path / '8'}" in caught.value.hint
+    damage(tmp_path / "8" / checkpoint.TRAINED, "delete")
+    with pytest.raises(DataError) as caught:
+        checkpoint.read(tmp_path / "24")
+    assert "no older checkpoint" in caught.value.hint
+
+
+def damage(file: Path, change: str) -> None:
+    data = bytearray(file.read_bytes())
+    if change == "delete":
+        file.unlink()
+    elif change == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        data[-1] ^= 1  # a bit of the last tensor, which safetensors would not notice
+        file.write_bytes(data)
+
+
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = checkpoint.write(tmp_path, snapshot(8), keep=3)
     (path / checkpoint.STATE).write_text(json.dumps({"format_version": 99}), encoding="utf-8")
@@ -81,6 +123,23 @@ def test_a_disk_that_does_not_take_it_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write checkpoint"):
         checkpoint.write(tmp_path / "file", snapshot(8), keep=3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+def test_a_disk_that_fills_up_in_the_middle_of_a_tensor(tmp_path: Path) -> None:
+    import resource
+
+    checkpoint.write(tmp_path, snapshot(8), keep=3)
+    big = Snapshot(snapshot(16).state, {"unet.a": torch.zeros(1 << 16)}, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))  # safetensors meets it
+    try:
+        with pytest.raises(UserError, match="cannot write checkpoint") as caught:
+            checkpoint.write(tmp_path, big, keep=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "space" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["8"]
 
 
 def test_newer_checkpoints_are_set_aside_when_going_back(tmp_path: Path) -> None:

@@ -139,6 +139,39 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert train().is_finished
 
 
+def test_a_full_disk_that_fails_again_at_closing(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that could not be flushed tries once more when it is closed."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(JsonlTracker, "log", after(2, full, JsonlTracker.log))
+    monkeypatch.setattr(JsonlTracker, "close", after(0, full, JsonlTracker.close))
+    with pytest.raises(UserError, match="is full after 12 samples"):
+        train()
+
+
+def test_a_full_disk_at_the_very_end(
+    train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As safetensors says it: an error of its own, with the system's number in the text."""
+    from safetensors import SafetensorError
+
+    from sdtrain.adapters.full import Full
+
+    def half(adapter: Any, family: Any, path: Path) -> None:
+        path.mkdir()
+        (path / "part").write_bytes(b"x")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Full, "save", half)
+        with pytest.raises(UserError, match="is full after 16 samples") as caught:
+            train()
+    assert str(tmp_path / "run" / "checkpoints" / "16") in caught.value.hint
+    assert not list((tmp_path / "run").glob("*model*"))
+    assert train().model == str(tmp_path / "run" / "model")
+
+
 def test_an_interrupted_step_is_replayed_whole(
     train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

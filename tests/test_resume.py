@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,34 @@ def test_stopped_anywhere_it_ends_in_the_same_bytes(
         assert mine == theirs
 
 
+def test_dropout_of_the_model_itself_goes_on_too(
+    train_recipe: Recipe,
+    tiny_model: Callable[[str], Path],
+    stop_after: Callable[[int], None],
+    tmp_path: Path,
+) -> None:
+    """A model's configuration may ask for dropout, which torch draws from its own generators."""
+    model = shutil.copytree(tiny_model("sd15"), tmp_path / "with dropout")
+    config = model / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dropout": 0.4}))
+    short = (f"model.path={json.dumps(str(model))}", "train.samples=12")
+    whole, parts = train_recipe(output="whole"), train_recipe(output="parts")
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert run(whole, *short).is_finished
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    stop_after(2)
+    assert not run(parts, *short).is_finished
+    stop_after(0)
+    assert run(parts, *short).is_finished
+    assert_same_end(whole.parent / "whole", parts.parent / "parts")
+    dry = train_recipe(output="dry")
+    run(dry, "train.samples=12")
+    ends = [checkpoint.read_trained(p.parent / p.stem / "checkpoints" / "12") for p in (whole, dry)]
+    assert any(not torch.equal(ends[0][key], ends[1][key]) for key in ends[0])  # it was at work
+
+
 def test_a_finished_run_stays_as_it_is(train_recipe: Recipe) -> None:
     path = train_recipe()
     first = run(path, "train.samples=5")
@@ -118,8 +147,6 @@ def test_a_changed_recipe_is_refused_until_it_is_accepted(train_recipe: Recipe) 
 def test_changed_data_is_refused_and_moved_data_is_not(
     train_recipe: Recipe, prepared_folder: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     from tests.train_data import prepared_row, write_prepared
 
     run(train_recipe(), "train.samples=5")

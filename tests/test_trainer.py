@@ -205,6 +205,46 @@ def test_mixed_precision_trains_float32_parameters(train_recipe: Recipe, mixed: 
     assert run.scaler.is_enabled() == (mixed == "fp16")
 
 
+def test_a_step_that_float16_cannot_hold_is_left_out(train_recipe: Recipe) -> None:
+    """The clock goes on; weights, optimizer and effort wait, and the scale is halved."""
+    run = fresh(train_recipe(), "precision.mixed=fp16", "ema.half_life_samples=4")
+    start, parts = run.part_hashes(), steps(run)
+    bias = run.trained["unet.conv_out.bias"]
+    handle = bias.register_hook(lambda gradient: gradient * float("inf"))
+    assert not math.isfinite(take_step(run, next(parts))["grad_norm"])
+    assert (run.samples_seen, run.skipped_in_a_row) == (4, 1)
+    assert run.part_hashes() == start
+    assert not run.optimizer.state
+    assert sum(run.effort.values()) == 0
+    assert run.scaler.get_scale() == 2.0**15
+    assert all(torch.equal(run.trained[path], run.ema.values[path]) for path in run.trained)
+    handle.remove()
+    take_step(run, next(parts))
+    assert (run.samples_seen, run.skipped_in_a_row) == (8, 0)
+    assert run.part_hashes() != start
+    assert float(run.optimizer.state[bias]["step"]) == 1
+    assert sum(run.effort.values()) == pytest.approx(2 * run.schedule(4) * 1e-3)
+
+
+@pytest.mark.slow
+def test_looking_never_changes_what_is_trained(train_recipe: Recipe) -> None:
+    """Previews, of several seeds too, evaluations and saves: on, off, and at any cadence."""
+    looks = (
+        ("sampling.every_samples=4", "sampling.seeds=2", "validation.images=0"),
+        ("sampling.every_samples=12", "validation.images=2", "validation.every_samples=4"),
+        ("sampling.prompts=[]", "validation.images=3", "checkpoint.every_samples=100"),
+    )
+    common = ("train.samples=16", "sampling.num_inference_steps=1", "ema.half_life_samples=8")
+    plain = trained(train_recipe(output="plain"), *common, "sampling.prompts=[]")
+    for number, look in enumerate(looks):
+        prompts = 'sampling.prompts=["a cat", ""]'
+        path = train_recipe(output=f"look-{number}")
+        found = trained(path, *common, prompts, "validation.timesteps_per_image=1", *look)
+        assert all(torch.equal(found[key], plain[key]) for key in plain)
+        drawn = path.parent / f"look-{number}" / "samples"
+        assert drawn.exists() == (number < 2)
+
+
 def test_a_part_that_does_not_move_is_said_aloud(train_recipe: Recipe) -> None:
     from sdprep.errors import UserError
 
