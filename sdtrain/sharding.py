@@ -27,7 +27,12 @@ SMALLEST_UNIT = 1_000_000
 class Sharded(Engine):
     """See `Engine`; every process must run equally many forwards and backwards."""
 
-    is_sharded = True
+    has_spread_state = True
+
+    @property
+    def is_sharded(self) -> bool:
+        """All weights of what trains are spread."""
+        return True
 
     @property
     def loss_factor(self) -> float:

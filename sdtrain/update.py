@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from sdprep.errors import UserError
 from sdtrain.batch import Batch
 from sdtrain.buckets import Step
-from sdtrain.engine import whole
 from sdtrain.failures import newest_checkpoint
 from sdtrain.loader import MicroBatch
 from sdtrain.run import Run
@@ -56,13 +56,16 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         num_samples = num_samples or max(1, setup.reader().num_left(micro.step.slots))
         masked = torch.tensor(masked_out(setup, batch))
         batch = setup.encoder.encoded(batch.to(setup.device))
-        losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
+        losses = setup.engine.forward(
+            partial(denoising_loss, setup.family, batch, run.loss)
+        )  # (b,)
         logsnr = setup.family.logsnr(batch.u)
         weights = run.weighting(logsnr.exp(), setup.family.prediction_type)
         weights = weights * torch.tensor([slot.weight for slot in micro.slots])
         counted = weights.to(setup.device) * (0.0 if micro.is_padding else 1.0)
         divisor = num_samples / setup.engine.loss_factor
-        run.scaler.scale((counted * losses).sum() / divisor).backward()
+        loss = run.scaler.scale((counted * losses).sum() / divisor)
+        setup.engine.backward(loss, is_last=micro.is_last)
         pieces.append((micro, losses.detach(), torch.stack([weights, logsnr, masked])))
         if micro.is_last:
             break
@@ -136,7 +139,7 @@ def _update(run: Run, ids: Sequence[str]) -> float:
     """Clip once over everything, then step; returns the norm of the gradient before clipping."""
     most = run.setup.recipe.optimizer.max_grad_norm or math.inf
     run.scaler.unscale_(run.optimizer)
-    norm = float(whole(torch.nn.utils.clip_grad_norm_(run.trained.values(), most)))
+    norm = run.setup.engine.clip(run.trained.values(), most)
     if not math.isfinite(norm):
         run.skipped_in_a_row += 1
         if not run.scaler.is_enabled() or run.skipped_in_a_row > MOST_SKIPPED_STEPS:
