@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from sdprep.errors import UserError
 from sdprep.recipe import Section
 from sdtrain.world import World
 
@@ -35,11 +34,19 @@ class DistributedSection(Section):
         description="ddp: every GPU holds the whole model. fsdp2: weights, gradients and optimizer "
         "state are spread over the GPUs. deepspeed: what zero_stage says is.",
     )
-    zero_stage: Literal[1, 2, 3] = Field(
-        2,
-        description="Of engine deepspeed: 1 spreads optimizer state, 2 also gradients, 3 also "
-        "weights.",
+    zero_stage: Literal[1, 2] = Field(
+        2, description="Of engine deepspeed: 1 spreads optimizer state, 2 also gradients."
     )
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _weights_stay_whole(cls, value: Any) -> Any:
+        if value == 3:
+            raise ValueError(
+                "1 or 2: at stage 3 DeepSpeed leaves empty tensors between its own forwards, which "
+                'evaluations and pictures are none of; engine = "fsdp2" spreads weights, too'
+            )
+        return value
 
     def require_fitting(self, recipe: Any) -> None:
         """Refuse what does not work on a model that is spread over the processes.
@@ -47,7 +54,7 @@ class DistributedSection(Section):
         Raises:
             ValueError: names both keys.
         """
-        if self.engine != "fsdp2":
+        if self.engine == "ddp":
             return
         optimizer, precision, ema = recipe.optimizer, recipe.precision, recipe.ema
         refused = {
@@ -56,13 +63,14 @@ class DistributedSection(Section):
             ),
             "precision.mixed fp16": precision.mixed == "fp16",
             "precision.parameters bf16": precision.parameters == "bf16",
-            "ema.device cpu": ema is not None and ema.device == "cpu",
             "train.phases": bool(recipe.train.phases),
             "compile.mode blocks": recipe.compile.mode != "off",
         }
+        if self.engine == "fsdp2":
+            refused["ema.device cpu"] = ema is not None and ema.device == "cpu"
         for what, is_asked in refused.items():
             if is_asked:
-                raise ValueError(f"distributed.engine fsdp2 cannot go with {what}; ddp can")
+                raise ValueError(f"distributed.engine {self.engine} cannot go with {what}; ddp can")
 
     def build(self, world: World) -> Engine:
         """The engine of a run.
@@ -75,8 +83,9 @@ class DistributedSection(Section):
 
             return Sharded(world)
         if self.engine == "deepspeed" and world.size > 1:
-            from sdtrain.zero import Zero
+            from sdtrain.zero import Zero, require
 
+            require()
             return Zero(world, self.zero_stage)
         return Engine(world)
 

@@ -1,4 +1,4 @@
-"""ZeRO, by DeepSpeed: gradients, optimizer state and, at stage 3, weights spread over processes.
+"""ZeRO, by DeepSpeed: optimizer state and, at stage 2, gradients spread over the processes.
 
 DeepSpeed lays the parameters of a group out as one long row and gives each process a piece of it,
 so only optimizers that treat every number alone can step them. It clips and steps at once. What is
@@ -15,13 +15,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sdprep.errors import MissingExtraError, UserError
-from sdtrain.engine import Engine, whole
+from sdtrain.engine import Engine
 from sdtrain.world import World
 
 if TYPE_CHECKING:
@@ -47,18 +48,13 @@ class Zero(Engine):
 
     Args:
         world: the processes.
-        stage: 1 spreads optimizer state, 2 also gradients, 3 also weights.
+        stage: 1 spreads optimizer state, 2 also gradients.
         joined: filled by `own`.
     """
 
     stage: int = 2
     joined: Joined = field(default_factory=Joined)
     has_spread_state = True
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the weights are spread, too."""
-        return self.stage == 3
 
     @property
     def loss_factor(self) -> float:
@@ -84,7 +80,8 @@ class Zero(Engine):
             )
         for module, is_training in modes:
             module.training = is_training
-        self.joined.optimizer = ZeroOptimizer(groups, self.joined.live, self.world)
+        names = {id(p): path for path, p in setup.plan.trained().items()}
+        self.joined.optimizer = ZeroOptimizer(groups, self.joined.live, self.world, names)
         return self.joined.optimizer
 
     def forward(self, work: Callable[[], Tensor]) -> Tensor:
@@ -107,7 +104,6 @@ class Zero(Engine):
 
     def take(self, tensor: Tensor) -> Tensor:
         """See `Engine`; a copy, because weights lie side by side in one long row."""
-        tensor = whole(tensor)
         if not self.world.is_main:
             return torch.empty(0)
         return tensor.detach().to("cpu", copy=True).contiguous()
@@ -132,17 +128,41 @@ class ZeroOptimizer:
         groups: over the model's parameters.
         live: DeepSpeed's engine.
         world: the processes.
+        names: `id(parameter)` to path, of everything in the groups.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], live: Any, world: World) -> None:
-        self.param_groups, self._live, self._world = groups, live, world
+    def __init__(
+        self, groups: list[dict[str, Any]], live: Any, world: World, names: Mapping[int, str]
+    ) -> None:
+        self.param_groups, self._live, self._world, self._names = groups, live, world, names
         self._rows: Any = live.optimizer.optimizer  # steps this process's piece of each row
+        self._reached: set[int] = set()
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, parameter: Tensor) -> None:
+        self._reached.add(id(parameter))
+
+    def _require_gradients(self) -> None:
+        """DeepSpeed would decay what has none, where one process leaves it alone."""
+        missing = [path for key, path in self._names.items() if key not in self._reached]
+        if missing:
+            raise UserError(
+                f"{len(missing)} parameters got no gradient in this step: {', '.join(missing[:5])}",
+                'Freeze them by a rule, or use distributed.engine = "ddp".',
+            )
+        self._reached.clear()
 
     def clip_and_step(self) -> float:
         """Both at once, at the rates of the groups; returns the norm before clipping.
 
         Where that is no number, nothing is stepped.
+
+        Raises:
+            UserError: a parameter got no gradient.
         """
+        self._require_gradients()
         for group, row in zip(self.param_groups, self._rows.param_groups, strict=True):
             row["lr"] = group["lr"]
         self._live.step()
@@ -186,7 +206,7 @@ class ZeroOptimizer:
     def _cut(
         self, group: Mapping[str, Any], row: Tensor, found: Sequence[Values | None]
     ) -> dict[str, Any]:
-        """This process's piece of the state of a group."""
+        """The piece of the state of a group that this process keeps."""
         shared = [
             None if values is None else {k: v for k, v in values.items() if not _fits(v, p)}
             for p, values in zip(group["params"], found, strict=True)
@@ -212,10 +232,13 @@ class ZeroOptimizer:
             piece = row["params"][0]
             state = self._rows.state.get(piece, {})
             for parameter in group["params"]:
-                yield parameter, {
-                    name: self._put_together(value, parameter) if _fits(value, piece) else value
-                    for name, value in state.items()
-                }
+                yield (
+                    parameter,
+                    {
+                        name: self._put_together(value, parameter) if _fits(value, piece) else value
+                        for name, value in state.items()
+                    },
+                )
 
     def _put_together(self, piece: Tensor, parameter: nn.Parameter) -> Tensor:
         found = torch.zeros(parameter.numel(), dtype=piece.dtype, device=piece.device)
@@ -284,21 +307,22 @@ def options(stage: int, max_grad_norm: float) -> dict[str, Any]:
     }
 
 
-def imported(device: torch.device) -> Any:
-    """DeepSpeed, told which device it works on.
+def require() -> None:
+    """Refuse where DeepSpeed is not installed, before anything is opened.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: says how to install it.
     """
+    if find_spec("deepspeed") is None:
+        raise MissingExtraError("deepspeed", "deepspeed", 'distributed.engine = "deepspeed"')
+
+
+def imported(device: torch.device) -> Any:
+    """DeepSpeed, told which device it works on."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # its logger keeps the stdout that it finds
-            import deepspeed
-            import deepspeed.ops
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            error.name or "deepspeed", "deepspeed", 'distributed.engine = "deepspeed"'
-        ) from None
+    with contextlib.redirect_stdout(sys.stderr):  # its logger keeps the stdout that it finds
+        import deepspeed
+        import deepspeed.ops
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":  # else it would compile a shared-memory kernel, for inference
