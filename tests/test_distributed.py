@@ -97,7 +97,7 @@ def launched(root: Path, world: int, jobs: Sequence[dict[str, Any]]) -> None:
         for worker in workers:
             worker.kill()
     assert [worker.returncode for worker in workers] == [0] * world, "\n".join(said)
-    assert not any(said[1:]), "only the main process talks"
+    assert not any(said[1:]), f"only the main process talks, not: {said[1:]}"
 
 
 def went_on(root: Path, source: str, to: str) -> None:
