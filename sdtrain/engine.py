@@ -6,21 +6,21 @@ if one process had computed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from sdprep.errors import UserError
 from sdprep.recipe import Section
 from sdtrain.world import World
 
 if TYPE_CHECKING:
     from sdtrain.family import Family
     from sdtrain.freeze_plan import FreezePlan
+    from sdtrain.setup import Setup
 
 PIECE_BYTES = 64 * 2**20
 """Gradients travel in pieces of about this size: few messages, little extra memory."""
@@ -32,8 +32,21 @@ class DistributedSection(Section):
     engine: Literal["ddp", "fsdp2", "deepspeed"] = Field(
         "ddp",
         description="ddp: every GPU holds the whole model. fsdp2: weights, gradients and optimizer "
-        "state are spread over the GPUs.",
+        "state are spread over the GPUs. deepspeed: what zero_stage says is.",
     )
+    zero_stage: Literal[1, 2] = Field(
+        2, description="Of engine deepspeed: 1 spreads optimizer state, 2 also gradients."
+    )
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _weights_stay_whole(cls, value: Any) -> Any:
+        if value == 3:
+            raise ValueError(
+                "1 or 2: at stage 3 DeepSpeed leaves empty tensors between its own forwards, which "
+                'evaluations and pictures are none of; engine = "fsdp2" spreads weights, too'
+            )
+        return value
 
     def require_fitting(self, recipe: Any) -> None:
         """Refuse what does not work on a model that is spread over the processes.
@@ -41,7 +54,7 @@ class DistributedSection(Section):
         Raises:
             ValueError: names both keys.
         """
-        if self.engine != "fsdp2":
+        if self.engine == "ddp":
             return
         optimizer, precision, ema = recipe.optimizer, recipe.precision, recipe.ema
         refused = {
@@ -50,13 +63,14 @@ class DistributedSection(Section):
             ),
             "precision.mixed fp16": precision.mixed == "fp16",
             "precision.parameters bf16": precision.parameters == "bf16",
-            "ema.device cpu": ema is not None and ema.device == "cpu",
             "train.phases": bool(recipe.train.phases),
             "compile.mode blocks": recipe.compile.mode != "off",
         }
+        if self.engine == "fsdp2":
+            refused["ema.device cpu"] = ema is not None and ema.device == "cpu"
         for what, is_asked in refused.items():
             if is_asked:
-                raise ValueError(f"distributed.engine fsdp2 cannot go with {what}; ddp can")
+                raise ValueError(f"distributed.engine {self.engine} cannot go with {what}; ddp can")
 
     def build(self, world: World) -> Engine:
         """The engine of a run.
@@ -64,15 +78,15 @@ class DistributedSection(Section):
         Raises:
             UserError: it cannot run here.
         """
-        if self.engine == "deepspeed":
-            raise UserError(
-                "distributed.engine = 'deepspeed' cannot be used yet: nobody has run it",
-                "Use fsdp2, which spreads the same things over the GPUs (as ZeRO-3 does), or ddp.",
-            )
         if self.engine == "fsdp2" and world.size > 1:
             from sdtrain.sharding import Sharded
 
             return Sharded(world)
+        if self.engine == "deepspeed" and world.size > 1:
+            from sdtrain.zero import Zero, require
+
+            require()
+            return Zero(world, self.zero_stage)
         return Engine(world)
 
 
@@ -82,10 +96,17 @@ class Engine:
 
     Args:
         world: the processes.
+
+    `has_spread_state` says whether a checkpoint needs what the other processes hold.
     """
 
     world: World
-    is_sharded = False
+    has_spread_state = False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are spread over the processes, so that forwards need all of them."""
+        return False
 
     @property
     def loss_factor(self) -> float:
@@ -95,6 +116,18 @@ class Engine:
     def prepare(self, family: Family, plan: FreezePlan) -> FreezePlan:
         """Lay the model out over the processes; returns the plan with the parameters it now has."""
         return plan
+
+    def own(self, optimizer: torch.optim.Optimizer, setup: Setup) -> Any:
+        """What steps the prepared model; by default the optimizer itself."""
+        return optimizer
+
+    def forward(self, work: Callable[[], Tensor]) -> Tensor:
+        """The result of a forward that a backward will follow."""
+        return work()
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """The backward of a forward; `is_last` of a step."""
+        loss.backward()
 
     def collect(self, parameters: Iterable[nn.Parameter]) -> None:
         """After the last backward of a step: make every gradient the sum over all processes.
@@ -117,6 +150,10 @@ class Engine:
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def clip(self, parameters: Iterable[nn.Parameter], most: float) -> float:
+        """Scale all gradients down to a norm together; returns the norm they had."""
+        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, most)))
 
     def take(self, tensor: Tensor) -> Tensor:
         """A tensor for a checkpoint: whole, on the CPU. Only the main process gets its values."""

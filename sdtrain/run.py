@@ -65,7 +65,7 @@ class Run:
         setup = self.setup
         self.trained = setup.plan.trained()
         self.names = {id(parameter): path for path, parameter in self.trained.items()}
-        self.optimizer = setup.optimizer()
+        self.optimizer = setup.engine.own(setup.optimizer(), setup)
         self.ema = Ema(setup.recipe.ema, self.trained) if setup.recipe.ema else None
         rule = setup.recipe.precision.rule
         self.rounding = Rounding(rule, setup.recipe.seed, self.trained) if rule else None

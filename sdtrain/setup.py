@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from sdprep.buckets import Bucket, bucket_list
 from sdprep.console import talk, warn
 from sdprep.errors import UserError
 from sdprep.seeding import digest
+from sdtrain.accelerate_env import require_agreement
 from sdtrain.buckets import Assignment, GlobalOrder, assign, limited, require_enough
 from sdtrain.cache.caches import Caches
 from sdtrain.cache.encoding import Encoder
@@ -248,6 +250,7 @@ def open_setup(recipe: TrainRecipe, world: World = ALONE) -> Setup:
     if require is not None:
         require()
     recipe.tracking.require()
+    require_agreement(recipe, os.environ)
     device = pick_device(recipe.precision.device, world)
     require_compiler(recipe.compile, device)
     engine = recipe.distributed.build(world)

@@ -6,6 +6,8 @@ names stay as they are, so checkpoints are the same as those of one process.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.engine import Engine, whole
+from sdtrain.text import last_norm
 
 if TYPE_CHECKING:
     from sdtrain.family import Family
@@ -27,7 +30,12 @@ SMALLEST_UNIT = 1_000_000
 class Sharded(Engine):
     """See `Engine`; every process must run equally many forwards and backwards."""
 
-    is_sharded = True
+    has_spread_state = True
+
+    @property
+    def is_sharded(self) -> bool:
+        """All weights of what trains are spread."""
+        return True
 
     @property
     def loss_factor(self) -> float:
@@ -38,6 +46,9 @@ class Sharded(Engine):
         """Cut every network in which something trains; the others stay whole everywhere."""
         from torch.distributed.device_mesh import init_device_mesh
 
+        # Text encoders return views. Nothing writes into them: what is trained so is compared with
+        # one process in tests/test_distributed.py.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         device = next(iter(plan.trained().values())).device
         mesh = init_device_mesh(device.type, (self.world.size,))
         renewed: dict[int, nn.Parameter] = {}
@@ -71,9 +82,29 @@ def shard(network: nn.Module, mesh: Any, smallest: int | None = None) -> None:
     from torch.distributed.fsdp import fully_shard
 
     smallest = SMALLEST_UNIT if smallest is None else smallest
-    for module in [*_units(network, smallest), network]:
+    for module in [*_units(network, smallest), *_called_alone(network), network]:
         # Also the outermost lets go, so that its parameters are never seen whole between steps.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    _keep_capturing(network)
+
+
+def _keep_capturing(network: nn.Module) -> None:
+    """Let transformers 5 go on handing out hidden states.
+
+    It keeps by class what a network can hand out, and cutting a network changes its class.
+    """
+    name = "transformers.utils.output_capturing"
+    if name in sys.modules:  # not in transformers 4, nor needed there
+        registry = sys.modules[name]._CAN_RECORD_REGISTRY
+        for module in network.modules():
+            if hasattr(module, "_can_record_outputs"):
+                registry[module] = module._can_record_outputs
+
+
+def _called_alone(network: nn.Module) -> list[nn.Module]:
+    """Modules that are also called outside their network, and must then be gathered themselves."""
+    norm = last_norm(network)
+    return [] if norm is None else [norm]
 
 
 def _units(network: nn.Module, smallest: int) -> Iterator[nn.Module]:

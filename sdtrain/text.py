@@ -135,17 +135,16 @@ def encode_chunks(encoder: nn.Module, ids: Tensor, layer: int, *, final_norm: bo
             return output.last_hidden_state, getattr(output, "text_embeds", None)
         hidden = output.hidden_states[layer]
         if final_norm:
-            hidden = _final_norm(encoder)(hidden)
+            norm = last_norm(encoder)
+            assert norm is not None, "every CLIP text encoder has one"
+            hidden = norm(hidden)
     return hidden, getattr(output, "text_embeds", None)
 
 
-def _final_norm(encoder: nn.Module) -> nn.Module:
-    """The last LayerNorm, wherever the installed transformers keeps it."""
-    return next(
-        module
-        for name, module in encoder.named_modules()
-        if name.rpartition(".")[2] == "final_layer_norm"
-    )
+def last_norm(encoder: nn.Module) -> nn.Module | None:
+    """A text encoder's last LayerNorm, wherever the installed transformers keeps it."""
+    ends = ((name.rpartition(".")[2], module) for name, module in encoder.named_modules())
+    return next((module for end, module in ends if end == "final_layer_norm"), None)
 
 
 def join_chunks(hidden: Tensor, convention: Convention = "n77") -> Tensor:

@@ -253,8 +253,8 @@ def save(run: Run, trackers: Sequence[Any]) -> None:
     wanted = setup.recipe.checkpoint
     verdict = run.course.verdict if run.course and wanted.best else None
     best = verdict.best.samples_seen if verdict and verdict.best else None
-    # A sharded model is put together by all processes, a whole one is saved by the main one.
-    snapshot = run.snapshot() if setup.world.is_main or setup.engine.is_sharded else None
+    # What is spread is put together by all processes, a whole state is saved by the main one.
+    snapshot = run.snapshot() if setup.world.is_main or setup.engine.has_spread_state else None
 
     def write() -> None:
         for tracker in trackers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from sdprep.errors import UserError
 from sdprep.seeding import integer
 from sdtrain.batch import Batch
 from sdtrain.buckets import Step
-from sdtrain.engine import whole
 from sdtrain.failures import newest_checkpoint
 from sdtrain.loader import MicroBatch
 from sdtrain.run import Run
@@ -64,8 +64,11 @@ def take_step(run: Run, parts: Parts) -> dict[str, Any]:
         counted = weights.to(setup.device) * (0.0 if micro.is_padding else 1.0)
         divisor = num_samples / setup.engine.loss_factor
         with keyed_dropout(setup, micro):
-            losses = denoising_loss(setup.family, batch, run.loss)  # (b,)
-            run.scaler.scale((counted * losses).sum() / divisor).backward()
+            losses = setup.engine.forward(
+                partial(denoising_loss, setup.family, batch, run.loss)
+            )  # (b,)
+            loss = run.scaler.scale((counted * losses).sum() / divisor)
+            setup.engine.backward(loss, is_last=micro.is_last)
         pieces.append((micro, losses.detach(), torch.stack([weights, logsnr, masked])))
         if micro.is_last:
             break
@@ -155,7 +158,7 @@ def _update(run: Run, ids: Sequence[str]) -> float:
     """Clip once over everything, then step; returns the norm of the gradient before clipping."""
     most = run.setup.recipe.optimizer.max_grad_norm or math.inf
     run.scaler.unscale_(run.optimizer)
-    norm = float(whole(torch.nn.utils.clip_grad_norm_(run.trained.values(), most)))
+    norm = run.setup.engine.clip(run.trained.values(), most)
     if not math.isfinite(norm):
         run.skipped_in_a_row += 1
         if not run.scaler.is_enabled() or run.skipped_in_a_row > MOST_SKIPPED_STEPS:
