@@ -7,11 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sdprep.errors import DataError
 from sdtrain.checkpoint import STATE
 from sdtrain.course import followed
 from sdtrain.probe import PROBE_FILE, LossMatrix, Probe
 from sdtrain.trackers.jsonl import read_metrics
+
+START = 0
+"""The clock of the base model."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,32 @@ class Measured:
         """Read the matrix.
 
         Raises:
-            DataError: it is damaged, or of another shape than its probe.
+            DataError: it is damaged, of another probe than the one beside it, or holds a loss
+                that is no number.
         """
-        matrix = LossMatrix.load(self.path)
-        if matrix.loss.shape != self.probe.shape:
+        matrix, probe = LossMatrix.load(self.path), self.probe
+        if matrix.loss.shape != probe.shape:
             raise DataError(
-                f"{self.path} holds {matrix.loss.shape} losses, its probe has {self.probe.shape}"
+                f"{self.path} holds {matrix.loss.shape} losses, its probe has {probe.shape}"
+            )
+        if matrix.u.shape != probe.shape or not np.allclose(matrix.u, probe.u(), atol=1e-9):
+            raise DataError(
+                f"{self.path} was measured at other noise levels than {PROBE_FILE} beside it says",
+                "Leave matrices in the folder that they were written to.",
+            )
+        bad = np.argwhere(~np.isfinite(matrix.loss))
+        if len(bad):
+            image, level = bad[0]
+            raise DataError(
+                f"{self.path}: {len(bad)} of {matrix.loss.size} losses are no numbers, the first "
+                f"of {probe.images[image].id} at u = {matrix.u[image, level]:.4f}",
+                "The model was damaged, or the precision too low for it; evaluate it again.",
+            )
+        if not matrix.mean > 0:
+            raise DataError(
+                f"{self.path}: the mean loss is {matrix.mean:g}, and nothing can be said in "
+                "percent of that",
+                "A loss is above 0; evaluate the model again.",
             )
         return matrix
 
@@ -81,8 +106,23 @@ def find(path: Path) -> dict[str, Measured]:
 
 
 def start_of(measured: Measured) -> Measured:
-    """The evaluation at sample 0 of the same probe and run."""
-    return Measured(measured.path.with_name("0.npz"), measured.probe)
+    """The evaluation at sample 0 of the same probe and run.
+
+    Raises:
+        DataError: there is none, or this is it.
+    """
+    start = measured.path.with_name(f"{START}.npz")
+    if start == measured.path:
+        raise DataError(
+            f"{measured.path} is the only evaluation of {measured.probe.name}, at sample 0",
+            "Train on, or give a second run or .npz to compare it with.",
+        )
+    if not start.is_file():
+        raise DataError(
+            f"{measured.path} has no evaluation at sample 0 beside it to be compared with",
+            "Give two: sdtrain compare A B.",
+        )
+    return Measured(start, measured.probe)
 
 
 def _of_checkpoint(path: Path) -> dict[str, Measured]:

@@ -175,5 +175,9 @@ class LossMatrix:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return cls(file["loss"], file["u"], file["density"])
+        except FileNotFoundError:
+            raise DataError(f"{path} is not there", "It was moved, or never written.") from None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise DataError(f"{path} is no loss matrix: {error}") from None
+            # What numpy says of any other file is advice to open it as a pickle.
+            why = "no .npz archive" if isinstance(error, ValueError | EOFError) else error
+            raise DataError(f"{path} is no loss matrix: {why}") from None

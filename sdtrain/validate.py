@@ -15,9 +15,11 @@ from sdtrain import checkpoint
 from sdtrain.checkpoint import changes
 from sdtrain.compare import Pair, compare_measured, text
 from sdtrain.course import followed
+from sdtrain.family import Family
 from sdtrain.foreign import MODEL_INDEX, kind_of, with_adapter
 from sdtrain.formats.single_file import is_single_file
 from sdtrain.matrices import Measured
+from sdtrain.probe import Probe
 from sdtrain.probe_sets import find_probes
 from sdtrain.run import load_trained
 from sdtrain.setup import Setup, open_setup
@@ -209,8 +211,6 @@ def _adapted(setup: Setup, path: Path) -> AbstractContextManager[None]:
 
 def _other_model(setup: Setup, path: Path, probes: Sequence[ProbeSet]) -> list[ProbeSet]:
     """The same probes, looking at another model."""
-    from sdtrain.probe_sets import vae_hash
-
     model = setup.recipe.model
     if is_single_file(str(path)) and model.config is None and Path(model.path).is_dir():
         model = model.model_copy(update={"config": model.path})  # its sizes must be the same
@@ -218,15 +218,33 @@ def _other_model(setup: Setup, path: Path, probes: Sequence[ProbeSet]) -> list[P
     family = model.build(str(path), precision=precision, device=str(setup.device))
     sets = []
     for each in probes:
-        if vae_hash(family) != each.probe.vae_hash:
-            raise DataError(
-                f"{path} has another VAE than the probe {each.probe.name} was made with",
-                "Its losses live in another space and cannot be compared.",
-            )
+        _must_mean_the_same(path, family, setup, each.probe)
         other = ProbeSet(family, each.rows, each.probe, each.micro_batch, each.device)
         other.folder = each.folder
         sets.append(other)
     return sets
+
+
+def _must_mean_the_same(path: Path, family: Family, setup: Setup, probe: Probe) -> None:
+    """A loss in another space, of another target or at other noise levels is another quantity."""
+    from sdtrain.probe_sets import vae_hash
+
+    levels = torch.linspace(0, 1, 257, dtype=torch.float64)[:-1]
+    same_noise = torch.equal(family.logsnr(levels), setup.family.logsnr(levels))
+    found = (
+        (vae_hash(family) != probe.vae_hash, "has another VAE"),
+        (
+            family.prediction_type != probe.prediction_type,
+            f"predicts {family.prediction_type}, which is not {probe.prediction_type}",
+        ),
+        (not same_noise, "has another noise schedule"),
+    )
+    for differs, what in found:
+        if differs:
+            raise DataError(
+                f"{path} cannot be measured on the probe {probe.name}: it {what}",
+                "Its losses are of another kind and cannot be compared with the base model's.",
+            )
 
 
 def report(found: dict[str, Any]) -> str:

@@ -123,6 +123,45 @@ def test_what_holds_no_evaluation_says_so(tmp_path: Path) -> None:
         compare_paths([place / "0.npz", place / "0.npz"])
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"loss": float("nan")}, r"32 of 32 losses are no numbers, the first of id0 at u = 0\."),
+        ({"loss": 0.0}, "the mean loss is 0, and nothing can be said in percent"),
+        ({"u": 0.5}, "was measured at other noise levels than probe.json beside it says"),
+    ],
+)
+def test_a_matrix_that_no_comparison_can_use_is_named(
+    tmp_path: Path, changed: dict[str, float], words: str
+) -> None:
+    run = written(tmp_path / "run", at0=0.0, at8=-0.02)
+    file = run / "validation" / PROBE.probe_id / "8.npz"
+    whole = matrix(-0.02)
+    fields = {key: np.full_like(getattr(whole, key), value) for key, value in changed.items()}
+    replace(whole, **fields).save(file, [i.id for i in IMAGES])
+    with pytest.raises(DataError, match=words) as caught:
+        compare_paths([run])
+    assert str(file) in caught.value.message
+
+
+def test_a_file_of_another_kind_is_not_advised_to_be_unpickled(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", at0=0.0)
+    (run / "validation" / PROBE.probe_id / "8.npz").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"8\.npz is no loss matrix: no \.npz archive") as caught:
+        compare_paths([run])
+    assert "pickle" not in str(caught.value)
+
+
+def test_one_evaluation_alone_says_what_it_lacks(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", at0=0.0)
+    with pytest.raises(DataError, match="is the only evaluation of validation, at sample 0"):
+        compare_paths([run])
+    place = run / "validation" / PROBE.probe_id
+    (place / "0.npz").rename(place / "8.npz")
+    with pytest.raises(DataError, match="has no evaluation at sample 0 beside it"):
+        compare_paths([run])
+
+
 def test_words_follow_the_intervals() -> None:
     a = matrix(0.0, 0.0).weighted
     worse, same = matrix(0.02).weighted, matrix(0.00001, 0.01).weighted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,28 @@ def test_what_is_no_checkpoint_of_this_model_is_refused(
     with pytest.raises(DataError, match="nothing to evaluate on"):
         validate_checkpoints(none, [evaluated_run / "checkpoints" / "8"], tmp_path / "to")
     assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"prediction_type": "v_prediction"}, "predicts v_prediction, which is not epsilon"),
+        ({"beta_end": 0.02}, "has another noise schedule"),
+    ],
+)
+def test_a_model_whose_loss_is_another_quantity_is_refused(
+    evaluated_run: Path,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    changed: dict[str, object],
+    words: str,
+) -> None:
+    other = shutil.copytree(tiny_model("sd15"), tmp_path / "other")
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    recipe = load_train_recipe(evaluated_run / "recipe.toml")
+    with pytest.raises(DataError, match=words):
+        validate_checkpoints(recipe, [other], tmp_path / "to")
 
 
 def test_the_base_model_is_put_back_after_each_checkpoint(evaluated_run: Path) -> None:
