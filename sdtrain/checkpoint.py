@@ -297,7 +297,7 @@ def read_weights(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
     if not ema:
         return read_trained(path)
     must_hold_average(path)
-    return _tensors(path / "ema.safetensors")
+    return _tensors(path / "ema.safetensors", read_state(path))
 
 
 def must_hold_average(path: Path) -> None:
