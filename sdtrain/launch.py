@@ -59,6 +59,7 @@ def _start(arguments: Sequence[str], rank: int, size: int, port: int) -> subproc
     threads = str(max(1, (os.cpu_count() or 1) // size))
     env: Mapping[str, str] = {
         "OMP_NUM_THREADS": threads,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # else those who lose the failing one print C++ stacks
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
