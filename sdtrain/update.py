@@ -175,5 +175,6 @@ def _update(run: Run, ids: Sequence[str]) -> float:
 
 
 def _what_to_try(run: Run) -> str:
-    ways = 'Try a lower learning rate, a warm-up, or precision.mixed = "no".'
-    return f"{ways} {newest_checkpoint(run.folder.checkpoints)}"
+    is_mixed = run.setup.recipe.precision.mixed != "no"
+    ways = 'a warm-up, or precision.mixed = "no"' if is_mixed else "or a warm-up"
+    return f"Try a lower learning rate, {ways}. {newest_checkpoint(run.folder.checkpoints)}"
