@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,7 +121,7 @@ def read_deltas(family: Any, places: Mapping[str, nn.Parameter], path: Path) -> 
             used |= {name, stem + up_end, stem + ALPHA}
             pair = tensors[name].float(), tensors[stem + up_end].float()
             alpha = tensors.get(stem + ALPHA)
-            scale = _alpha(metadata, target, alpha, len(pair[0])) / len(pair[0])
+            scale = _scale(file, metadata, target, alpha, len(pair[0]))
             deltas[target] = scale * _product(file, *pair, shape=places[target].shape, name=name)
     left = sorted(set(tensors) - used)
     if left or not deltas:
@@ -146,12 +148,27 @@ def _stems(family: Any, places: Mapping[str, nn.Parameter]) -> dict[str, str]:
     return found
 
 
-def _alpha(metadata: Mapping[str, str], target: str, tensor: Tensor | None, rank: int) -> float:
-    """Alpha of one layer: beside it, in diffusers' metadata, or as large as the rank."""
+def _scale(
+    file: Path, metadata: Mapping[str, str], target: str, tensor: Tensor | None, rank: int
+) -> float:
+    """What the product of one layer is multiplied with.
+
+    Alpha over rank. Alpha lies beside the layer, or in the metadata as diffusers and peft write it:
+    for the layer, else for the part; or it is as large as the rank.
+    """
     if tensor is not None:
-        return float(tensor)
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return float(settings.get(f"{target.partition('.')[0]}.lora_alpha", rank))
+        return float(tensor) / rank
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise DataError(f"{file}: its lora_adapter_metadata is damaged: {error}") from None
+    part, _, module = target.removesuffix(".weight").partition(".")
+    alpha = settings.get(f"{part}.lora_alpha", rank)
+    for pattern, value in (settings.get(f"{part}.alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):  # as peft reads it
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if settings.get(f"{part}.use_rslora") else rank)
 
 
 def _product(file: Path, down: Tensor, up: Tensor, *, shape: torch.Size, name: str) -> Tensor:
