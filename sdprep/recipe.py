@@ -144,9 +144,11 @@ def _explain(error: ValidationError, data: dict[str, Any], model: type[Section],
             # pydantic quotes the discriminating key: 'type', or 'family' in a training recipe.
             path = f"{path}.{problem['ctx']['discriminator'].strip(chr(39))}"
             value = problem["ctx"]["tag"]
-        rows.append((path + _shown(value), _reason(problem, path, section, model)))
+        # A check of the whole recipe has no key of its own, and its value is everything.
+        left = path + _shown(value) if path else ""
+        rows.append((left, _reason(problem, path, section, model)))
     width = max(len(left) for left, _ in rows)
-    lines = [f"  {left:<{width}}  {reason}" for left, reason in rows]
+    lines = [f"  {left:<{width}}  {reason}" if left else f"  {reason}" for left, reason in rows]
     return "\n".join([f"recipe error in {where}", *lines])
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sdtrain.fonts import file_for
+
 MOST_ROWS = 24
 _SMALLEST_CELL_PX, _LARGEST_CELL_PX = 192, 384
 _GAP_PX, _FONT_PX, _MOST_LABEL_LINES = 12, 16, 4
@@ -38,12 +40,12 @@ def sheet(pictures: Sequence[Image.Image], labels: Sequence[str], title: str) ->
     size = columns * (cell + _GAP_PX) + _GAP_PX, head + -(-len(pictures) // columns) * pitch
     canvas = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(canvas)
-    pen.text((_GAP_PX, _GAP_PX), _cut(title, size[0] - 2 * _GAP_PX), _DIM, _font())
+    pen.text((_GAP_PX, _GAP_PX), _cut(title, size[0] - 2 * _GAP_PX), _DIM, _font(title))
     for at, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
         left = _GAP_PX + at % columns * (cell + _GAP_PX)
         top = head + at // columns * pitch
         _paste(canvas, picture, (left, top), cell)
-        pen.multiline_text((left, top + cell + 4), text, _INK, _font(), spacing=3)
+        pen.multiline_text((left, top + cell + 4), text, _INK, _font(text), spacing=3)
     return canvas
 
 
@@ -73,18 +75,18 @@ def grid(
     pen.text((_GAP_PX, head - _GAP_PX), corner, _DIM, _font(), anchor="ls")
     for at, text in enumerate(texts):
         place = (left_px + at * (cell + _GAP_PX), head - _GAP_PX)
-        pen.multiline_text(place, text, _INK, _font(), anchor="ld", spacing=3)
+        pen.multiline_text(place, text, _INK, _font(text), anchor="ld", spacing=3)
     for row, (label, cells) in enumerate(rows):
         top = head + row * (cell + _GAP_PX)
-        pen.text((left_px - _GAP_PX, top + cell / 2), label, _INK, _font(), anchor="rm")
+        pen.text((left_px - _GAP_PX, top + cell / 2), label, _INK, _font(label), anchor="rm")
         for at, content in enumerate(cells):
             _paste(canvas, content, (left_px + at * (cell + _GAP_PX), top), cell)
     if footer:
         title, lines = footer
-        pen.text((left_px, bottom), _cut(title, size[0] - left_px), _DIM, _font())
+        pen.text((left_px, bottom), _cut(title, size[0] - left_px), _DIM, _font(title))
         for row, (label, numbers) in enumerate(lines, 1):
             top = bottom + row * _LINE_PX
-            pen.text((left_px - _GAP_PX, top), label, _INK, _font(), anchor="ra")
+            pen.text((left_px - _GAP_PX, top), label, _INK, _font(label), anchor="ra")
             for at, text in numbers.items():
                 pen.text((left_px + at * (cell + _GAP_PX), top), text, _INK, _font())
     return canvas
@@ -120,37 +122,59 @@ def _label_px(texts: Sequence[str]) -> int:
 
 
 def _wrapped(text: str, width_px: int) -> str:
-    """Text in lines of at most `width_px`; a long one ends in an ellipsis."""
-    lines: list[str] = [""]
-    for word in " ".join(text.split()).split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if _width(longer) <= width_px:
-            lines[-1] = longer
-        else:
-            lines.append(_cut(word, width_px))
-    lines = [line for line in lines if line]
-    if len(lines) > _MOST_LABEL_LINES:
-        lines = lines[:_MOST_LABEL_LINES]
-        lines[-1] = _cut(f"{lines[-1]} …", width_px)
-    return "\n".join(lines)
+    """Text in lines of at most `width_px`; a long one ends in an ellipsis.
+
+    What follows a line break stays, so that a seed is seen below the longest prompt.
+    """
+    head, *tail = text.split("\n")
+    font = _font(text)
+    lines, most = _lines(head, width_px, font), max(1, _MOST_LABEL_LINES - len(tail))
+    if len(lines) > most:
+        lines = [*lines[: most - 1], _cut(f"{lines[most - 1]} …", width_px, font)]
+    return "\n".join([*lines, *(_cut(line, width_px, font) for line in tail)])
 
 
-def _cut(text: str, width_px: float) -> str:
-    if _width(text) <= width_px:
+def _lines(text: str, width_px: int, font: Any) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        for piece in _pieces(word, width_px, font):
+            longer = f"{lines[-1]} {piece}".strip()
+            if font.getlength(longer) <= width_px:
+                lines[-1] = longer
+            else:
+                lines.append(piece)
+    return [line for line in lines if line]
+
+
+def _pieces(word: str, width_px: int, font: Any) -> list[str]:
+    """A word, broken where it is wider than a line, as a Japanese sentence may be."""
+    found = []
+    while font.getlength(word) > width_px:
+        count = 1
+        while font.getlength(word[: count + 1]) <= width_px:
+            count += 1
+        found.append(word[:count])
+        word = word[count:]
+    return [*found, word] if word else found
+
+
+def _cut(text: str, width_px: float, font: Any = None) -> str:
+    font = font or _font(text)
+    if font.getlength(text) <= width_px:
         return text
-    while text and _width(f"{text}…") > width_px:
+    while text and font.getlength(f"{text}…") > width_px:
         text = text[:-1]
     return f"{text}…"
 
 
 def _width(text: str) -> float:
-    return _font().getlength(text)
+    return float(_font(text).getlength(text))
+
+
+def _font(text: str = "") -> Any:
+    return _loaded(file_for(text))
 
 
 @lru_cache
-def _font() -> Any:
-    """The font that comes with matplotlib: it knows more letters than Pillow's own."""
-    import matplotlib
-
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(file), _FONT_PX)
+def _loaded(file: str) -> Any:
+    return ImageFont.truetype(file, _FONT_PX)

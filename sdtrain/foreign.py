@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,7 +136,11 @@ def _modules(file: Path) -> tuple[dict[str, Ends], dict[str, Any]]:
             stem, end = split_key(key)
             plain, tensor = plain_name(end, opened.get_tensor(key))
             modules.setdefault(stem, {})[plain] = tensor
-    return modules, dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise DataError(f"{file}: its lora_adapter_metadata is damaged: {error}") from None
+    return modules, dict(settings)
 
 
 def _of_module(
@@ -162,8 +167,9 @@ def _alpha(settings: Mapping[str, Any], module: str, ends: Ends) -> float | None
     part, _, name = module.partition(".")
     alpha = settings.get(f"{part}.lora_alpha")
     for pattern, special in (settings.get(f"{part}.alpha_pattern") or {}).items():
-        if f".{name}".endswith(f".{pattern}"):
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):  # as peft reads it
             alpha = special
+            break
     if alpha is None or "lora_down.weight" not in ends:
         return None
     rank = len(ends["lora_down.weight"])

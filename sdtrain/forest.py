@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprep.errors import UserError
+from sdtrain.fonts import families_for
 from sdtrain.labels import extremes
 from sdtrain.wording import percent
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 BETTER, WORSE, UNSURE, DIM, GRID = "#1a7f37", "#c2372c", "#59636e", "#8b949e", "#e3e6e9"
 MOST_GROUPS = 8
 _ROW_INCHES, _WIDE_INCHES, _LABEL_CHARACTERS = 0.27, 9.0, 34
+_TITLE_CHARACTERS = 80
 _ENDINGS = (".png", ".svg", ".pdf")
 
 Interval = tuple[float, float] | None
@@ -47,12 +49,17 @@ def draw(pairs: Sequence[Pair], to: Path) -> Path:
     """
     if to.suffix.lower() not in _ENDINGS:
         raise UserError(f"--to {to} must end in {', '.join(_ENDINGS)}")
+    import warnings
+
     import matplotlib
     from matplotlib.figure import Figure
 
     panels = [rows(pair) for pair in pairs]
     heights = [len(panel) + 4 for panel in panels]
-    with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "sdtrain"}):
+    families = families_for([row.label for panel in panels for row in panel])
+    style: Any = {"font.family": families, "font.size": 9, "svg.hashsalt": "sdtrain"}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # families_for has said so, once
         figure = Figure((_WIDE_INCHES, sum(heights) * _ROW_INCHES), layout="constrained", dpi=150)
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for pair, panel, ax in zip(pairs, panels, axes, strict=True):
@@ -98,10 +105,11 @@ def _panel(ax: Axes, pair: Pair, panel: Sequence[Row]) -> None:
     for at, row in enumerate(panel):
         if row.change is not None:
             _line(ax, at, row)
-        label = row.label if row.change is not None else f"$\\bf{{{_bold(row.label)}}}$"
-        ax.text(-0.01, at, label, transform=ax.get_yaxis_transform(), ha="right", va="center")
+        weight = "normal" if row.change is not None else "bold"
+        place = {"transform": ax.get_yaxis_transform(), "va": "center", "parse_math": False}
+        ax.text(-0.01, at, row.label, ha="right", weight=weight, **place)
         words = f"{percent(row.change)}  {row.note}" if row.change is not None else ""
-        ax.text(1.01, at, words, transform=ax.get_yaxis_transform(), va="center", color=UNSURE)
+        ax.text(1.01, at, words, color=UNSURE, **place)
     ax.set_ylim(len(panel) - 0.4, -0.6)
     ax.set_xlim(_limits(panel))
     ax.set_yticks([])
@@ -112,7 +120,8 @@ def _panel(ax: Axes, pair: Pair, panel: Sequence[Row]) -> None:
         "change of the loss, %: left is better; thick: these images, thin: new images (95 %)"
         + ("; *: differs, corrected for all tags" if pair.where.groups else "")
     )
-    ax.set_title(f"{pair.name}: B {pair.b}\nagainst A {pair.a}", fontsize=9, loc="left")
+    title = f"{pair.name}: B {_end_of(pair.b)}\nagainst A {_end_of(pair.a)}"
+    ax.set_title(title, fontsize=9, loc="left", parse_math=False)
 
 
 def _line(ax: Axes, at: int, row: Row) -> None:
@@ -137,9 +146,9 @@ def _limits(panel: Sequence[Row]) -> tuple[float, float]:
 
 
 def _short(name: str) -> str:
-    plain = name.replace("$", "")
-    return plain if len(plain) <= _LABEL_CHARACTERS else plain[: _LABEL_CHARACTERS - 1] + "…"
+    return name if len(name) <= _LABEL_CHARACTERS else name[: _LABEL_CHARACTERS - 1] + "…"
 
 
-def _bold(words: str) -> str:
-    return words.replace(" ", "\\ ")
+def _end_of(path: str) -> str:
+    """The end of a path that is too long for a title, where the run and its clock stand."""
+    return path if len(path) <= _TITLE_CHARACTERS else "…" + path[1 - _TITLE_CHARACTERS :]

@@ -123,7 +123,7 @@ def open_path(setup: Setup, section: ForgettingSection) -> Outside:
             needs_split=False,
         )
         rows = data.train
-        policy, seed = data.policy, setup.recipe.seed
+        policy, seed = data.policy, setup.evaluation_seed
 
         def prompt_of(record: Mapping[str, Any]) -> str:
             return validation_prompt(record, policy, seed)
@@ -169,8 +169,7 @@ def _drawn(
     from sdtrain.picture_rows import PictureRows
     from sdtrain.sampling import Style
 
-    wanted = setup.recipe.validation
-    seed = setup.recipe.seed if wanted.seed is None else wanted.seed
+    seed = setup.evaluation_seed
     plain = Style.of(setup.recipe, setup.family)
     style = Style(seed, plain.side_px, section.num_inference_steps, section.guidance_scale)
     model = setup.conditions()["model_fingerprint"]

@@ -80,15 +80,35 @@ class Axes:
             for seed in self.seeds
         ]
 
+    @property
+    def sheet_labels(self) -> list[str]:
+        """The same for a picture, where a long prompt is cut: the rest has a line of its own."""
+        return [
+            "\n".join(
+                [
+                    " ".join(shown(group[0]).split()),
+                    *self._settings(group, f"seed {seed}" if len(self.seeds) > 1 else ""),
+                ]
+            )
+            for group in self.groups
+            for seed in self.seeds
+        ]
+
+    def _settings(self, group: Group, seed: str) -> list[str]:
+        """One line of what a column has besides its prompt; none where that is nothing."""
+        words = [*self._differing(group), seed]
+        return [", ".join(word for word in words if word)] if any(words) else []
+
+    def _differing(self, group: Group) -> list[str]:
+        _, sampler, guidance = group
+        return [
+            *([sampler or "own sampler"] if len(self.samplers) > 1 else []),
+            *([f"CFG {guidance:g}"] if len(self.guidance_scales) > 1 else []),
+        ]
+
     def group_label(self, group: Group) -> str:
         """A group as people read it."""
-        prompt, sampler, guidance = group
-        words = [shown(prompt)]
-        if len(self.samplers) > 1:
-            words.append(sampler or "own sampler")
-        if len(self.guidance_scales) > 1:
-            words.append(f"CFG {guidance:g}")
-        return ", ".join(words)
+        return ", ".join([shown(group[0]), *self._differing(group)])
 
     @property
     def fixed(self) -> str:
@@ -207,7 +227,7 @@ def write_grid(
     kept = contact_sheet.spread(range(len(rows)))
     picture = contact_sheet.grid(
         [(rows[at].label, rows[at].cells) for at in kept],
-        axes.columns,
+        axes.sheet_labels,
         "model",
         _footer(rows, kept, relative, len(axes.seeds)),
     )

@@ -137,14 +137,13 @@ def _measured(setup: Setup, num_images: int, num_levels: int) -> Curve:
     rows, assignment, name = setup.data.validation, setup.validation, "validation"
     if rows is None or assignment is None or not len(assignment.kept):
         rows, assignment, name = setup.data.train, setup.train, "train_probe"
-    seed = setup.recipe.validation.seed
     probe = plain_probe(
         name,
         setup.family,
         rows,
         assignment,
         setup.data.policy,
-        seed=setup.recipe.seed if seed is None else seed,
+        seed=setup.evaluation_seed,
         num_images=num_images,
         num_levels=num_levels,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import Any
 
 from sdprep.console import warn
 from sdprep.errors import DataError
-from sdtrain import page_evidence, page_plan, page_record
+from sdtrain import page_evidence, page_plan, page_record, page_samples
 from sdtrain import page_figures as figures
 from sdtrain import page_parts as parts
 from sdtrain.matrices import Measured
@@ -21,13 +19,12 @@ from sdtrain.page_style import STYLE
 from sdtrain.paired import compare
 from sdtrain.probe import PROBE_FILE, Probe
 from sdtrain.run_folder import RunFolder
-from sdtrain.stable_eval import verdict
+from sdtrain.stable_eval import NO_INTERVAL, verdict
 from sdtrain.trackers.jsonl import read_metrics
 from sdtrain.wording import half, percent, sentence
 
 PAGE = "report.html"
 REFRESH_SECONDS = 60
-_WIDEST_GRID_PX = 1600
 _REFRESH = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">'
 _TONES = {"learning": "good", "memorising": "warn", "getting worse": "warn", "diverging": "bad"}
 _EXPLAINED = {
@@ -36,6 +33,7 @@ _EXPLAINED = {
     "diverging": "The loss rises on both held-out and training images.",
     "getting worse": "The loss on held-out images is higher than at the start.",
     "flat": "No change that these images could show.",
+    NO_INTERVAL: "So small a probe cannot tell a change from chance.",
 }
 
 Line = dict[str, Any]
@@ -84,13 +82,15 @@ def _page(folder: RunFolder, is_running: bool) -> str:
             sets.setdefault(line["set"], []).append(line)
     facts = _facts(folder)
     name = escape(folder.path.resolve().name)
+    conclusion = page_evidence.section(metrics)
     body = [
         _header(name, facts, metrics, is_running),
-        _verdict(folder, sets),
-        page_evidence.section(metrics),
+        conclusion,  # once there is one, it is what a reader came for
+        _verdict(folder, sets, "At the newest evaluation: " if conclusion else ""),
         _tiles(training, sets, facts),
         _evaluation(sets),
-        _samples(folder, [line for line in metrics if line["kind"] == "variety"]),
+        page_samples.section(folder, metrics[-1]["samples_seen"] if metrics else 0),
+        _variety([line for line in metrics if line["kind"] == "variety"]),
         _training(training, facts.get("plan", {}).get("lr", {})),
         page_plan.section(folder, facts, training, sets),
         page_record.trained(facts),
@@ -129,7 +129,7 @@ def _when(facts: Line) -> str:
     return str(facts.get("started", "at an unknown time")).replace("T", " ").removesuffix("+00:00")
 
 
-def _verdict(folder: RunFolder, sets: Mapping[str, Sequence[Line]]) -> str:
+def _verdict(folder: RunFolder, sets: Mapping[str, Sequence[Line]], prefix: str) -> str:
     newest = [lines[-1] for lines in sets.values()]
     if not newest:
         return (
@@ -145,7 +145,7 @@ def _verdict(folder: RunFolder, sets: Mapping[str, Sequence[Line]]) -> str:
         lines.append(_certainty(held_out))
     lines.append(_since_best(folder, sets.get("validation", [])))
     text = "".join(f"<p>{parts.typeset(line)}</p>" for line in lines if line)
-    title = escape(word[0].upper() + word[1:])
+    title = escape(prefix + word if prefix else word[0].upper() + word[1:])
     return f'<section class="verdict {_TONES.get(word, "")}"><h2>{title}</h2>{text}</section>'
 
 
@@ -173,7 +173,7 @@ def _since_best(folder: RunFolder, lines: Sequence[Line]) -> str:
         Measured(place / f"{line['samples_seen']}.npz", probe).load() for line in (best, lines[-1])
     )
     at = f"the best evaluation ({best['samples_seen']:,} samples)"
-    return sentence(compare(then.weighted, now.weighted, then.u), at, "The newest")
+    return sentence(compare(then.weighted, now.weighted, then.u), at, "the newest")
 
 
 def _tiles(training: Sequence[Line], sets: Mapping[str, Sequence[Line]], facts: Line) -> str:
@@ -255,25 +255,6 @@ def _training(lines: Sequence[Line], plan: Mapping[str, Any]) -> str:
         )
     )
     return f'<h2>Training</h2><section class="figures">{"".join(shown)}</section>'
-
-
-def _samples(folder: RunFolder, varieties: Sequence[Line]) -> str:
-    from PIL import Image
-
-    path = folder.samples / "grid.png"
-    if not path.is_file():
-        return ""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
-    picture.thumbnail((_WIDEST_GRID_PX, 8 * _WIDEST_GRID_PX))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88)
-    uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    return (
-        '<h2>Samples</h2><section class="card samples">'
-        f'<img src="{uri}" width="{picture.width}" alt="Samples over time, a row each time">'
-        f"</section>{_variety(varieties)}"
-    )
 
 
 def _variety(lines: Sequence[Line]) -> str:

@@ -45,10 +45,10 @@ _FEW_POINTS = 40
 Line = dict[str, Any]
 
 
-def _figure(draw: Callable[[Axes], None]) -> str:
-    """A data URI of what `draw` puts on one pair of axes."""
+def _figure(draw: Callable[[Axes], None], texts: Sequence[str] = ()) -> str:
+    """A data URI of what `draw` puts on one pair of axes; `texts` are labels in any script."""
     file = io.BytesIO()
-    with styled_axes(file, form="svg", metadata={"Date": None}) as (axes,):
+    with styled_axes(file, form="svg", metadata={"Date": None}, texts=texts) as (axes,):
         draw(axes)
     svg = file.getvalue().replace(b"<defs>", _DARK + b"<defs>", 1)
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
@@ -62,6 +62,7 @@ def styled_axes(
     size_inches: tuple[float, float] = _SIZE_INCHES,
     columns: int = 1,
     metadata: Mapping[str, Any] | None = None,
+    texts: Sequence[str] = (),
 ) -> Iterator[list[Axes]]:
     """Axes in the style of all figures, side by side, written when the block ends.
 
@@ -71,11 +72,17 @@ def styled_axes(
         size_inches: width and height; 150 px an inch in a PNG.
         columns: how many pairs of axes.
         metadata: of the file.
+        texts: labels that may be in a script which the usual font lacks.
     """
+    import warnings
+
     import matplotlib
     from matplotlib.figure import Figure
 
+    from sdtrain.fonts import families_for
+
     style: Any = {
+        "font.family": families_for(texts),
         "font.size": 10,
         "text.color": INK,
         "axes.edgecolor": GRID,
@@ -91,7 +98,8 @@ def styled_axes(
         "legend.fontsize": 9,
         "svg.hashsalt": "sdtrain",  # the same bytes every time
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # families_for has said so, once
         figure = Figure(figsize=size_inches, layout="constrained")
         found = list(figure.subplots(1, columns, squeeze=False)[0])
         for axes in found:
@@ -259,7 +267,7 @@ def variety_figure(lines: Sequence[Line]) -> str:
             text.set_parse_math(False)
         _clock_axis(axes, [line["samples_seen"] for line in lines])
 
-    return _figure(draw)
+    return _figure(draw, prompts)
 
 
 def _clock_axis(axes: Axes, clock: Sequence[int]) -> None:

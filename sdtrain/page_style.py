@@ -45,8 +45,18 @@ figcaption { font-size: .85rem; margin-top: .5rem }
   .figures figure:last-child:nth-child(odd) h3 { grid-area: 1 / 2; margin-top: 1rem }
   .figures figure:last-child:nth-child(odd) figcaption { grid-area: 2 / 2; margin: 0 }
 }
-.samples { overflow-x: auto } .samples img { max-width: 100%; height: auto; display: block }
 .scroll { overflow-x: auto }
+.pictures { width: auto }
+.pictures th, .pictures td { border: 0; padding: 0 .5rem .5rem 0; vertical-align: bottom }
+.pictures thead span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
+       overflow: hidden; white-space: normal; overflow-wrap: anywhere }
+.pictures small { display: block; font-weight: 400 }
+.pictures thead th:not(:first-child), .pictures img { min-width: var(--wide); width: var(--wide) }
+.pictures { --wide: clamp(7rem, calc(58rem / var(--n)), 16rem) }
+.pictures th:first-child { position: sticky; left: 0; background: var(--paper); z-index: 1;
+       font-variant-numeric: tabular-nums; text-align: right }
+.pictures tbody th { vertical-align: middle }
+.pictures img { height: auto; display: block } .pictures img.small { image-rendering: pixelated }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; white-space: nowrap;
          border-bottom: 1px solid var(--line) }

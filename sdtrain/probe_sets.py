@@ -122,15 +122,14 @@ def _plain(
     prompt_of: PromptOf | None = None,
 ) -> Probe:
     """What the recipe asks for, before the pilot."""
-    wanted = setup.recipe.validation
-    levels = wanted.timesteps_per_image
+    levels = setup.recipe.validation.timesteps_per_image
     return plain_probe(
         name,
         setup.family,
         rows,
         assignment,
         setup.data.policy,
-        seed=setup.recipe.seed if wanted.seed is None else wanted.seed,
+        seed=setup.evaluation_seed,
         num_images=count,
         num_levels=None if levels == "auto" else int(levels),
         prompt_of=prompt_of,

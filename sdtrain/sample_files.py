@@ -66,7 +66,8 @@ def _ending(seed: int | None) -> str:
 
 def _label(key: Key) -> str:
     prompt, seed = key
-    return shown(prompt) if seed is None else f"{shown(prompt)} (seed {seed})"
+    words = " ".join(shown(prompt).split())
+    return words if seed is None else f"{words}\nseed {seed}"
 
 
 def draw_grid(folder: Path, until: int | None = None) -> Path | None:
@@ -79,19 +80,28 @@ def draw_grid(folder: Path, until: int | None = None) -> Path | None:
     Returns:
         the picture's path; None if there are no samples yet.
     """
-    moments = [int(path.parent.name) for path in folder.glob(f"*/{PROMPTS_FILE}")]
-    moments = sorted(each for each in moments if until is None or each <= until)
-    if not moments:
+    entries = moments(folder, until)
+    if not entries:
         return None
-    entries = {each: _entries(folder / str(each)) for each in moments}
     keys = list(dict.fromkeys(key for each in entries.values() for key in each))
     rows = [
         (f"{each:,}", [entries[each].get(key) for key in keys])
-        for each in contact_sheet.spread(moments)
+        for each in contact_sheet.spread(list(entries))
     ]
     picture = contact_sheet.grid(rows, [_label(key) for key in keys], "samples seen")
     save_whole(picture, folder / GRID)
     return folder / GRID
+
+
+def moments(folder: Path, until: int | None = None) -> dict[int, dict[Key, Path]]:
+    """Pictures by prompt and seed of every moment, oldest first.
+
+    Args:
+        folder: `samples/` of a run.
+        until: leave out later moments, which belong to a course that was given up.
+    """
+    clocks = sorted(int(path.parent.name) for path in folder.glob(f"*/{PROMPTS_FILE}"))
+    return {each: _entries(folder / str(each)) for each in clocks if until is None or each <= until}
 
 
 def save_whole(picture: Image.Image, path: Path) -> None:

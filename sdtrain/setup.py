@@ -127,6 +127,12 @@ class Setup:
         return max(self.recipe.train.schedule_samples or 0, self.total_samples)
 
     @property
+    def evaluation_seed(self) -> int:
+        """Keys the images, prompts, levels and noise of every probe."""
+        seed = self.recipe.validation.seed
+        return self.recipe.seed if seed is None else seed
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.total_samples // self.recipe.data.batch_size)

@@ -39,6 +39,9 @@ MOST_GROUPS = 8
 """Tags that a validation line names at either end."""
 
 
+NO_INTERVAL = "cannot tell: no interval"
+
+
 class DamagedModelError(DataError):
     """A model whose loss on a probe is no number."""
 
@@ -276,6 +279,8 @@ def verdict(lines: Sequence[dict[str, Any]]) -> str:
     held_out, seen = moved.get("validation"), moved.get("train_probe")
     if held_out is None:
         return "no validation images: cannot tell learning from memorising"
+    if any(x["set"] == "validation" and x["ci95_percent"] is None for x in lines):
+        return NO_INTERVAL
     if held_out < 0:
         return "learning"
     if held_out > 0 and seen is not None and seen < 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -23,8 +24,10 @@ from sdprep.console import progress, say, warn
 from sdprep.errors import RecipeError, UserError
 from sdprep.seeding import digest
 from sdtrain.compare import Pair, compare_measured
+from sdtrain.launch import PARENT_PIPE
 from sdtrain.matrices import Measured, find
 from sdtrain.recipe import TrainRecipe, load_train_recipe
+from sdtrain.stopping import StopRequest
 from sdtrain.wording import percent, span
 
 OUTCOME = "sweep-cell.json"
@@ -152,11 +155,12 @@ def run_cells(path: Path, cells: Sequence[Cell], gpus: int) -> dict[str, str]:
     say(f"{len(cells)} runs, {len(cells) - len(waiting)} of them done before")
     running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}
     failed: dict[str, str] = {}
-    with progress("runs", len(waiting), "runs") as bar:
+    asked: set[int] = set()  # of the processes that were told to stop
+    with progress("runs", len(waiting), "runs") as bar, StopRequest("the runs save first") as stop:
         try:
-            while waiting or running:
+            while (waiting and not stop.is_set) or running:
                 for slot in range(gpus):
-                    if slot not in running and waiting:
+                    if slot not in running and waiting and not stop.is_set:
                         cell = waiting.pop(0)
                         running[slot] = (cell, _start(path, cell, slot if gpus > 1 else None))
                 for slot, (cell, process) in list(running.items()):
@@ -166,12 +170,22 @@ def run_cells(path: Path, cells: Sequence[Cell], gpus: int) -> dict[str, str]:
                         reason = _finish(cell, process.returncode)
                         if reason is not None:
                             failed[cell.name] = reason
+                    elif stop.is_set and process.pid not in asked:
+                        asked.add(process.pid)
+                        _ask_to_stop(process)
                 time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # asked twice
             for _, process in running.values():
-                process.wait()  # they got the same Ctrl-C, and save
-            raise UserError("the sweep was stopped", "Run the same command to go on.") from None
+                process.kill()
+                process.wait()
+    if stop.is_set:
+        raise UserError("the sweep was stopped", "Run the same command to go on.")
     return failed
+
+
+def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C would; on Windows by the one signal that another group can be sent."""
+    process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
 
 
 def _start(path: Path, cell: Cell, gpu: int | None) -> subprocess.Popen[bytes]:
@@ -180,12 +194,21 @@ def _start(path: Path, cell: Cell, gpu: int | None) -> subprocess.Popen[bytes]:
     cell.output.mkdir(parents=True, exist_ok=True)
     settings = [part for text in cell.settings for part in ("--set", text)]
     command = [sys.executable, "-m", "sdtrain.cli", "run", str(path), "--json", "--no-model"]
-    environment = dict(os.environ)
+    environment = {**os.environ, PARENT_PIPE: "1"}  # it ends when this process is gone
     if gpu is not None:
         visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible[0] else str(gpu)
     with (cell.output / f".{LOG}").open("ab") as log, _result_file(cell).open("wb") as result:
-        return subprocess.Popen([*command, *settings], stdout=result, stderr=log, env=environment)
+        # A group of its own: Ctrl-C reaches this process only, which passes it on once.
+        return subprocess.Popen(
+            [*command, *settings],
+            stdin=subprocess.PIPE,
+            stdout=result,
+            stderr=log,
+            env=environment,
+            start_new_session=os.name != "nt",
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
 
 
 def _result_file(cell: Cell) -> Path:

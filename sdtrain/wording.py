@@ -45,6 +45,12 @@ def sentence(found: Comparison, a: str = "A", b: str = "B", direction: int | Non
         short = "image" if found.num_images < 2 else "noise level"
         return f"Cannot tell: with one {short} there is no interval."
     direction = found.direction if direction is None else direction
+    text = _told(found, a, b, direction)
+    return text[0].upper() + text[1:]
+
+
+def _told(found: Comparison, a: str, b: str, direction: int) -> str:
+    assert found.ci95_percent is not None, "the caller looked"
     if direction == 0:
         many = ", and several comparisons were made" if found.direction else ""
         return (
