@@ -14,7 +14,7 @@ import numpy as np
 
 from sdprep.buckets import Bucket, nearest_indices
 from sdprep.errors import DataError
-from sdprep.seeding import integer, rng_for
+from sdprep.seeding import rng_for
 from sdtrain.ids import Ids
 from sdtrain.refusals import Refusals
 
@@ -120,9 +120,8 @@ def limited(assignment: Assignment, ids: Ids, limit: int | None, seed: int) -> A
     """
     if limit is None or limit >= len(assignment.kept):
         return assignment
-    ranks = [integer(seed, "limit", id_) for id_ in ids.at(assignment.kept)]
-    lowest = sorted(range(len(ranks)), key=ranks.__getitem__)[:limit]
-    chosen = np.array(sorted(lowest), np.int64)
+    ranks = ids.ranks(seed, "limit")[assignment.kept]
+    chosen = np.sort(np.argsort(ranks, kind="stable")[:limit])
     return replace(assignment, kept=assignment.kept[chosen], bucket_of=assignment.bucket_of[chosen])
 
 
