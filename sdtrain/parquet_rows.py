@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +38,43 @@ BOXES = pa.schema([pa.field("boxes", pa.list_(BOX))])
 
 BATCH_ROWS = 65_536
 
+_MOST_THREADS = 16
+_MOST_FOOTER_BYTES = 32_000_000
+_footers: list[int] = []
+
 _NEEDED = ("id", "image", "width", "height")
 _NEVER_EMPTY = ("id", "width", "height")
 
 
-def open_shard(shard: Path) -> pq.ParquetFile:
+@cache
+def readers() -> ThreadPoolExecutor:
+    """The threads that read shards; always the same, as each keeps the memory that it once had."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS))
+
+
+@contextmanager
+def open_shard(shard: Path) -> Iterator[pq.ParquetFile]:
     """A shard, its footer read.
 
     Raises:
         DataError: it is no Parquet file.
     """
     try:
-        return pq.ParquetFile(shard)
+        file = pq.ParquetFile(shard)
     except pa.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{shard} is no Parquet file: {reason}", "Publish it again.") from None
+    with file:
+        yield file
+    _collect(file.metadata.serialized_size)
+
+
+def _collect(footer_bytes: int) -> None:
+    """Free footers: pyarrow's point at themselves, and take ten times their bytes in memory."""
+    _footers.append(footer_bytes)
+    if sum(_footers) > _MOST_FOOTER_BYTES:
+        _footers.clear()
+        gc.collect()
 
 
 def require_columns(file: pq.ParquetFile, shard: Path, schemas: Sequence[pa.Schema]) -> int:

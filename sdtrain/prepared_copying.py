@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sdprep.console import progress, say, warn
 from sdprep.errors import UserError
+from sdtrain.parquet_rows import readers
 from sdtrain.prepared_index import Part, cannot_write
 
 if TYPE_CHECKING:
@@ -34,11 +34,8 @@ def copy_now(columns: TextColumns, cache: Path) -> None:
     if not parts:
         return
     try:
-        with (
-            progress(f"reading {columns.ending}", len(parts), "parts") as bar,
-            ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool,
-        ):
-            for _ in pool.map(columns.write, parts):
+        with progress(f"reading {columns.ending}", len(parts), "parts") as bar:
+            for _ in readers().map(columns.write, parts):
                 bar.advance()
     except OSError as error:
         raise cannot_write(cache, error) from error

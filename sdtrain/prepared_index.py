@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from sdtrain.parquet_rows import (
     group_spans,
     open_shard,
     read_groups,
+    readers,
     require_columns,
 )
 from sdtrain.text_columns import total
@@ -38,7 +38,6 @@ from sdtrain.text_columns import total
 VERSION = 3
 MOST_PARTS = 256
 _SLOW_ROWS = 1_000_000
-_MOST_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -104,16 +103,12 @@ def index_parts(shards: Sequence[Path], cache: Path) -> list[Part]:
 
 
 def _make(parts: Sequence[Part], cache: Path) -> None:
-    threads = min(len(parts), os.cpu_count() or 1, _MOST_THREADS)
     num_shards = sum(len(part.shards) for part in parts)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with (
-            progress("reading rows", num_shards, "shards") as bar,
-            ThreadPoolExecutor(threads) as pool,
-        ):
+        with progress("reading rows", num_shards, "shards") as bar:
             rows = 0
-            for part, found in zip(parts, pool.map(_write, parts), strict=True):
+            for part, found in zip(parts, readers().map(_write, parts), strict=True):
                 bar.advance(len(part.shards))
                 rows += found
     except OSError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 from sdtrain.ids import split_rows
-from sdtrain.parquet_rows import group_spans, open_shard, read_groups
+from sdtrain.parquet_rows import group_spans, open_shard, read_groups, readers
 from sdtrain.prepared_index import Groups, Part
 
 _GROUPS_AT_ONCE = 64
-_MOST_THREADS = 16
+_MOST_RECENT = 16_384
 
 Found = tuple[np.ndarray, pa.RecordBatch]
-"""Places in what was asked for, and the rows that belong there."""
+"""Places in what was asked for (or numbers of rows), and the rows that belong there."""
 
 
 class TextColumns:
@@ -39,9 +38,10 @@ class TextColumns:
     def __init__(self, parts: Sequence[Part], schema: pa.Schema, ending: str) -> None:
         self.parts, self.schema, self.ending = tuple(parts), schema, ending
         self._copies: dict[int, _Copy] = {}
+        self._recent: dict[int, tuple[pa.RecordBatch, int]] = {}  # read out of shards
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts, "schema": self.schema, "ending": self.ending, "_copies": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextColumns, (self.parts, self.schema, self.ending)
 
     def missing(self) -> list[Part]:
         """Parts whose columns are not copied yet."""
@@ -55,18 +55,15 @@ class TextColumns:
         """
         wanted = np.asarray(rows, np.int64)
         by_row = np.argsort(wanted, kind="stable")
-        readings: list[_Reading] = []
+        direct: list[int] = []
         for part, places, local in split_rows(self._groups.part_starts, wanted[by_row]):
             copy = self._copy(part)
             if copy is None:
-                readings += self._readings(part, by_row[places], local, names)
+                direct += by_row[places].tolist()
             else:
                 yield from copy.take(by_row[places], local, names)
-        if readings:
-            threads = min(len(readings), os.cpu_count() or 1, _MOST_THREADS)
-            with ThreadPoolExecutor(threads) as pool:
-                for found in pool.map(_Reading.read, readings):
-                    yield from found
+        if direct:
+            yield from self._direct(np.array(direct), wanted[direct], names)
 
     def write(self, part: Part, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Copy the columns of one part; False if it was over before that.
@@ -104,18 +101,42 @@ class TextColumns:
             self._copies[part] = _Copy(file)
         return self._copies.get(part)
 
-    def _readings(
-        self, part: int, places: np.ndarray, rows: np.ndarray, names: Sequence[str]
-    ) -> Iterator[_Reading]:
+    def _direct(
+        self, places: np.ndarray, rows: np.ndarray, names: Sequence[str]
+    ) -> Iterator[Found]:
+        """Rows out of the shards; each is kept a while, as probes ask for their rows repeatedly."""
+        if len(self._recent) + len(rows) > _MOST_RECENT:
+            self._recent.clear()
+        unknown = np.array([row for row in np.unique(rows).tolist() if row not in self._recent])
+        for numbers, batch in self._read(unknown.astype(np.int64)):
+            for at, row in enumerate(numbers.tolist()):
+                self._recent[row] = batch, at
+        by_batch: dict[int, tuple[pa.RecordBatch, list[int], list[int]]] = {}
+        for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+            batch, at = self._recent[row]
+            _, own_places, own = by_batch.setdefault(id(batch), (batch, [], []))
+            own_places.append(place)
+            own.append(at)
+        for batch, own_places, own in by_batch.values():
+            yield np.array(own_places), batch.select(list(names)).take(pa.array(own))
+
+    def _read(self, rows: np.ndarray) -> Iterator[Found]:
+        """Ascending rows, with their numbers."""
+        readings: list[_Reading] = []
+        for part, span, local in split_rows(self._groups.part_starts, rows):
+            readings += self._readings(part, rows[span], local)
+        for found in readers().map(_Reading.read, readings):
+            yield from found
+
+    def _readings(self, part: int, numbers: np.ndarray, rows: np.ndarray) -> Iterator[_Reading]:
         """What is read of one shard each; rows ascend, counted from the start of the part."""
-        schema = pa.schema([self.schema.field(name) for name in names])
         shards, groups, inside = self._groups.inside(part, rows)
         ends = [*(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
         start = 0
         for end in ends:
             span = slice(start, end)
             shard = self.parts[part].shards[int(shards[start])]
-            yield _Reading(shard, schema, places[span], groups[span], inside[span])
+            yield _Reading(shard, self.schema, numbers[span], groups[span], inside[span])
             start = end
 
 
@@ -141,14 +162,14 @@ class _Reading:
     Args:
         shard: the file.
         schema: the columns.
-        places: (n,) where the rows belong.
+        numbers: (n,) of the rows, in the whole split.
         groups: (n,) row group of each, ascending.
         rows: (n,) each one's place in its group.
     """
 
     shard: Path
     schema: pa.Schema
-    places: np.ndarray
+    numbers: np.ndarray
     groups: np.ndarray
     rows: np.ndarray
 
@@ -164,5 +185,5 @@ class _Reading:
                 first, last = np.searchsorted(self.groups, [span[0], span[-1] + 1])
                 which = np.searchsorted(span, self.groups[first:last])
                 local = (np.cumsum(sizes) - sizes)[which] + self.rows[first:last]
-                found.append((self.places[first:last], batch.take(pa.array(local))))
+                found.append((self.numbers[first:last], batch.take(pa.array(local))))
         return found

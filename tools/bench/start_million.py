@@ -104,7 +104,7 @@ resolution_px = 64
 batch_size = 16
 workers = 0
 [train]
-samples = 1_000_000
+samples = 100_000_000
 lr = 1e-4
 [precision]
 mixed = "no"
