@@ -14,7 +14,7 @@ import numpy as np
 
 from sdprep.buckets import Bucket, nearest_indices
 from sdprep.errors import DataError
-from sdprep.seeding import integer, rng_for
+from sdprep.seeding import rng_for
 from sdtrain.ids import Ids
 from sdtrain.refusals import Refusals
 
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from sdtrain.dataset import Rows
 
 WINDOW = 65_536
-"""Rows whose prompts are rendered ahead, so that 12 million rows start at once."""
+"""Rows that are sorted into buckets together; their sizes are enough for it."""
+
+STRIPE = 4_096
+"""Rows whose prompts are rendered ahead, so that 12 million rows start and resume at once."""
+
+BLOCK_RUNS = 16
+"""Runs' worth of rows of one bucket that stay together, so that few runs of a stripe are short."""
 
 REFUSED_STOP = 0.20
 """A run stops when more than this share of the rows is refused."""
@@ -124,9 +130,8 @@ def limited(assignment: Assignment, ids: Ids, limit: int | None, seed: int) -> A
     """
     if limit is None or limit >= len(assignment.kept):
         return assignment
-    ranks = [integer(seed, "limit", id_) for id_ in ids.at(assignment.kept)]
-    lowest = sorted(range(len(ranks)), key=ranks.__getitem__)[:limit]
-    chosen = np.array(sorted(lowest), np.int64)
+    ranks = ids.ranks(seed, "limit")[assignment.kept]
+    chosen = np.sort(np.argsort(ranks, kind="stable")[:limit])
     return replace(assignment, kept=assignment.kept[chosen], bucket_of=assignment.bucket_of[chosen])
 
 
@@ -154,8 +159,9 @@ class GlobalOrder:
     """The endless stream of slots.
 
     Each epoch shuffles all kept rows; one that asks for k repeats is there k times. A window of
-    them at a time is rendered, grouped into runs of one bucket and chunk count, and the runs are
-    shuffled. Every kept row comes as often as it asks per epoch; leftovers form shorter runs.
+    them at a time is cut into stripes, each of blocks of a bucket. A stripe at a time is rendered,
+    grouped into runs of one bucket and chunk count, and the runs are shuffled. Every kept row comes
+    as often as it asks per epoch; leftovers form shorter runs.
 
     The visit of a sample, which keys its text, crop and noise, is epoch * k + copy: it counts how
     often the row was drawn before, so no two of its visits are alike.
@@ -166,7 +172,8 @@ class GlobalOrder:
         render: rows and their visits to the text of each.
         seed: the run's seed.
         run_samples: longest run; a recipe value, never derived from GPUs or micro-batch.
-        window: rows rendered ahead.
+        window: rows sorted into buckets together.
+        stripe: rows rendered ahead, about.
         repeats: (n,) how often each row comes in one epoch; None: once.
     """
 
@@ -179,11 +186,12 @@ class GlobalOrder:
         seed: int,
         run_samples: int,
         window: int = WINDOW,
+        stripe: int = STRIPE,
         repeats: np.ndarray | None = None,
     ) -> None:
         assert len(assignment.kept) > 0, "an order needs rows"
         self._ids, self._render, self._seed = Ids.of(ids), render, seed
-        self._run_samples, self._window = run_samples, window
+        self._run_samples, self._window, self._stripe = run_samples, window, stripe
         self._buckets = assignment.buckets
         # Sorted by id, so that the order in which rows are stored changes nothing.
         place = np.full(len(self._ids), -1)
@@ -209,12 +217,15 @@ class GlobalOrder:
         """The stream from a position of the clock on; it never ends."""
         epoch, offset = divmod(samples_seen, len(self._rows))
         while True:
-            first = offset // self._window
+            start = offset // self._window * self._window
             shuffled = rng_for(self._seed, "epoch", epoch).permutation(len(self._rows))
-            for index in range(first, -(-len(shuffled) // self._window)):
-                window = shuffled[index * self._window : (index + 1) * self._window]
-                yield from self._grouped(window, epoch, index)[offset - index * self._window :]
-                offset = (index + 1) * self._window
+            while start < len(shuffled):
+                window = shuffled[start : start + self._window]
+                for stripe in self._stripes(window, epoch, start):
+                    if offset < start + len(stripe):
+                        yield from self._grouped(stripe, epoch, start)[offset - start :]
+                        offset = start + len(stripe)
+                    start += len(stripe)
             epoch, offset = epoch + 1, 0
 
     def steps(self, samples_seen: int, total_samples: int, batch_size: int) -> Iterator[Step]:
@@ -225,7 +236,30 @@ class GlobalOrder:
             yield Step(samples_seen, tuple(next(stream) for _ in range(size)))
             samples_seen += size
 
-    def _grouped(self, window: np.ndarray, epoch: int, index: int) -> list[Slot]:
+    def _stripes(self, window: np.ndarray, epoch: int, start: int) -> list[np.ndarray]:
+        """A window in parts of about `stripe` rows; needs no text.
+
+        Blocks of one bucket, in turn by chance: a stripe then has few buckets, and few short runs.
+        """
+        buckets = self._bucket_of[window]
+        by_bucket = np.argsort(buckets, kind="stable")
+        ends = np.flatnonzero(np.diff(buckets[by_bucket])) + 1
+        length = min(BLOCK_RUNS * self._run_samples, self._stripe)
+        blocks = [
+            part[first : first + length]
+            for part in np.split(by_bucket, ends)
+            for first in range(0, len(part), length)
+        ]
+        order = rng_for(self._seed, "blocks", epoch, start).permutation(len(blocks))
+        sizes = np.array([len(blocks[block]) for block in order])
+        number = (np.cumsum(sizes) - sizes) // self._stripe
+        cuts = np.flatnonzero(np.diff(number)) + 1
+        return [
+            window[np.sort(np.concatenate([blocks[block] for block in stripe]))]
+            for stripe in np.split(order, cuts)
+        ]
+
+    def _grouped(self, window: np.ndarray, epoch: int, start: int) -> list[Slot]:
         rows, visits = self._rows[window], np.full(len(window), epoch)
         if self._has_repeats:
             visits = epoch * self._times[window] + self._copy[window]
@@ -247,7 +281,7 @@ class GlobalOrder:
             for group in groups.values()
             for start in range(0, len(group), length)
         ]
-        order = rng_for(self._seed, "runs", epoch, index).permutation(len(runs))
+        order = rng_for(self._seed, "runs", epoch, start).permutation(len(runs))
         return [slot for run in order for slot in runs[run]]
 
 

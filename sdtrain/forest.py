@@ -106,7 +106,7 @@ def _panel(ax: Axes, pair: Pair, panel: Sequence[Row]) -> None:
         if row.change is not None:
             _line(ax, at, row)
         weight = "normal" if row.change is not None else "bold"
-        place = {"transform": ax.get_yaxis_transform(), "va": "center", "parse_math": False}
+        place: Any = {"transform": ax.get_yaxis_transform(), "va": "center", "parse_math": False}
         ax.text(-0.01, at, row.label, ha="right", weight=weight, **place)
         words = f"{percent(row.change)}  {row.note}" if row.change is not None else ""
         ax.text(1.01, at, words, color=UNSURE, **place)

@@ -118,15 +118,34 @@ class HubShard:
         return num_rows, read_pages(indexes)
 
     def words(self) -> io.RawIOBase:
-        """The file, read ahead but for its pictures."""
+        """The file, read ahead but for its pictures; that much stays on this disk."""
         pages = self._plan[1]
         groups = np.unique(pages[:, 0], return_index=True)[1]
         starts = pages[groups, 2].tolist()
         ends = [int((span[:, 2] + span[:, 3]).max()) for span in np.split(pages, groups[1:])]
         edges = [0, *(edge for span in zip(starts, ends, strict=True) for edge in span)]
+        edges[-1] = min(edges[-1], max(0, self.file.size - _END_BYTES_GUESSED))  # read at once
         spans = list(zip(edges[::2], [*edges[1::2], self.file.size], strict=True))
-        reads = [(start, submit(self.file.read, start, end)) for start, end in spans]
-        return _Pieces(self.file, [(start, read.result()) for start, read in reads])
+        place = self.folder / "words"
+        together = self._stored(place)
+        if together is None:
+            reads = [submit(self.file.read, start, end) for start, end in spans]
+            together = b"".join(read.result() for read in reads)
+            _keep(place, together)
+        lengths = np.cumsum([0, *(end - start for start, end in spans)]).tolist()
+        pieces = [
+            (start, together[first:last])
+            for (start, _), first, last in zip(spans, lengths[:-1], lengths[1:], strict=True)
+        ]
+        return _Pieces(self.file, pieces)
+
+    def _stored(self, place: Path) -> bytes | None:
+        """What stayed on this disk, if it is whole."""
+        with contextlib.suppress(OSError):
+            stored = place.read_bytes()
+            if _digest(stored[_DIGEST_BYTES:]) == stored[:_DIGEST_BYTES]:
+                return stored[_DIGEST_BYTES:]
+        return None
 
     # --- pictures -----------------------------------------------------------------------------
 
@@ -148,10 +167,9 @@ class HubShard:
             DataError: the Hub cannot be reached for too long.
         """
         place = self.folder / str(page.offset)
-        with contextlib.suppress(OSError):
-            stored = place.read_bytes()
-            if _digest(stored[_DIGEST_BYTES:]) == stored[:_DIGEST_BYTES]:
-                return stored[_DIGEST_BYTES:]
+        stored = self._stored(place)
+        if stored is not None:
+            return stored
         data = self.file.read(page.offset, page.offset + page.num_bytes)
         if page.offset + page.num_bytes <= self.keep_bytes:
             _keep(place, data)

@@ -1,13 +1,13 @@
-"""A published folder, read where it lies: words from an index, pictures out of the shards."""
+"""A published folder, read where it lies: words from copies, pictures out of the shards."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,15 +16,19 @@ from sdprep.errors import DataError
 from sdprep.images import ImageRejected, open_image
 from sdprep.seeding import digest
 from sdtrain.dataset import Splits
-from sdtrain.ids import Ids, split_rows
+from sdtrain.ids import Ids
 from sdtrain.parquet_pictures import Place, read_picture
-from sdtrain.prepared_index import Part, index_parts
+from sdtrain.parquet_rows import BOXES, TEXTS
+from sdtrain.prepared_copying import Copying, copy_now
+from sdtrain.prepared_index import Groups, Part, index_parts
+from sdtrain.prepared_texts import TextColumns
 from sdtrain.text_columns import records, total
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SPLITS = ("train", "validation")
+Rows = TypeVar("Rows", bound="PreparedRows")
 
 
 def shards(folder: Path, split: str) -> list[Path]:
@@ -52,37 +56,29 @@ def _open_split(folder: Path, split: str, cache: Path, with_boxes: bool) -> Prep
     files = shards(folder, split)
     if not files:
         return None
-    rows = PreparedRows(index_parts(files, cache, with_boxes=with_boxes))
+    rows = PreparedRows(index_parts(files, cache), with_boxes=with_boxes)
+    return made_ready(rows, cache, f"{folder}: split {split}")
+
+
+def made_ready(rows: Rows, cache: Path, what: str) -> Rows | None:
+    """See to it that each row has a name of its own and that words are copied; None without rows.
+
+    Args:
+        rows: a split whose index is made.
+        cache: where the copies lie.
+        what: names the split in messages.
+
+    Raises:
+        DataError: two rows have one id, or a shard cannot be read.
+        UserError: there is no room for copies.
+    """
     twice = rows.ids.first_twice()
     if twice is not None:
-        raise DataError(
-            f"{folder}: split {split} has the id {twice} twice", "Ids must name one row each."
-        )
+        raise DataError(f"{what} has the id {twice} twice", "Ids must name one row each.")
+    if rows.with_boxes:
+        copy_now(rows.box_columns, cache)  # masks look at the boxes of all rows before they train
+    rows.copying = Copying(rows.texts, cache, len(rows))
     return rows if len(rows) else None
-
-
-class _Words:
-    """The batches of all parts, mapped into memory."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        readers = [pa.ipc.open_file(pa.memory_map(str(part.texts))) for part in parts]
-        batches = (r.get_batch(index) for r in readers for index in range(r.num_record_batches))
-        self.batches = [batch for batch in batches if batch.num_rows]
-        self.starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
-
-    def column(self, name: str) -> list[Any]:
-        return [batch.column(name) for batch in self.batches]
-
-    def numbers(self, name: str) -> np.ndarray:
-        columns = [column.to_numpy() for column in self.column(name)]
-        return np.concatenate(columns) if columns else np.empty(0, np.int64)
-
-    def take(self, rows: Sequence[int], names: list[str]) -> Iterator[tuple[np.ndarray, Any]]:
-        """Some rows batch by batch, with the places in `rows` that they belong to."""
-        wanted = np.asarray(rows, np.int64)
-        by_row = np.argsort(wanted, kind="stable")
-        for index, places, local in split_rows(self.starts, wanted[by_row]):
-            yield by_row[places], self.batches[index].select(names).take(pa.array(local))
 
 
 class PreparedRows:
@@ -90,59 +86,79 @@ class PreparedRows:
 
     Args:
         parts: its index; what is sent to another process is no more than that.
+        with_boxes: whether boxes are read.
+
+    Attributes:
+        copying: makes a copy of the texts; None: they are read as far as they are copied.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = tuple(parts)
+    def __init__(self, parts: Sequence[Part], *, with_boxes: bool = False) -> None:
+        self._parts, self.with_boxes = tuple(parts), with_boxes
+        self.texts = TextColumns(self._parts, TEXTS, "texts")
+        self.box_columns = TextColumns(self._parts, BOXES, "boxes")
+        self.copying: Copying | None = None
         self.refused: dict[int, str] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_parts": self._parts, "refused": {}}  # the loader is asked for kept rows only
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The loader is asked for kept rows only, and copies nothing.
+        return partial(type(self), with_boxes=self.with_boxes), (self._parts,)
 
     def __len__(self) -> int:
-        return int(self._words.starts[-1])
+        return int(self._groups.part_starts[-1])
 
     @cached_property
-    def _words(self) -> _Words:
-        return _Words(self._parts)
+    def _rows(self) -> list[pa.RecordBatch]:
+        """Ids, sizes and repeats, mapped into memory."""
+        readers = [pa.ipc.open_file(pa.memory_map(str(part.rows))) for part in self._parts]
+        return [r.get_batch(index) for r in readers for index in range(r.num_record_batches)]
+
+    def _numbers(self, name: str) -> np.ndarray:
+        columns = [batch.column(name).to_numpy() for batch in self._rows]
+        return np.concatenate(columns) if columns else np.empty(0, np.int64)
 
     @cached_property
     def ids(self) -> Ids:
         """The ids of the rows."""
-        return Ids(self._words.column("id"))
+        return Ids([batch.column("id") for batch in self._rows])
 
     @cached_property
     def sizes_hw(self) -> np.ndarray:
         """(n, 2) upright height and width, px."""
-        return np.stack([self._words.numbers("height"), self._words.numbers("width")], 1)
+        return np.stack([self._numbers("height"), self._numbers("width")], 1)
 
     @cached_property
     def repeats(self) -> np.ndarray:
         """(n,) how often each row is trained in an epoch."""
-        return self._words.numbers("repeats")
+        return self._numbers("repeats")
 
     def digest_sum(self) -> np.ndarray:
-        """Of the texts, ids and sizes, whatever their order."""
+        """Of ids, sizes and texts as they are stored, whatever the order of the row groups."""
         return total(
             np.array(json.loads(part.facts.read_text(encoding="utf-8"))["digest"], np.uint64)
             for part in self._parts
         )
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Id, captions, tags, score and group of some rows."""
-        names = ["id", "caption", "captions", "tags", "score", "group_id", "repeats"]
+        """Id, captions, tags, score, group and repeats of some rows."""
+        if self.copying is not None:
+            self.copying.before_reading()
+        names = ("caption", "captions", "tags", "score", "group_id")
         found: list[dict[str, Any]] = [{}] * len(rows)
-        for places, batch in self._words.take(rows, names):
+        for places, batch in self.texts.take(rows, names):
             for place, record in zip(places.tolist(), records(batch), strict=True):
                 found[place] = record
-        return found
+        if self.copying is not None:
+            self.copying.after_reading()
+        wanted = np.asarray(rows, np.int64)
+        known = zip(self.ids.at(wanted), self.repeats[wanted].tolist(), found, strict=True)
+        return [{"id": id_, **record, "repeats": repeats} for id_, repeats, record in known]
 
     def boxes(self, rows: Sequence[int]) -> list[list[dict[str, Any]]]:
         """What detectors found on some rows; none where the set was opened without."""
         found: list[list[dict[str, Any]]] = [[]] * len(rows)
-        if not self._words.batches or "boxes" not in self._words.batches[0].schema.names:
+        if not self.with_boxes:
             return found
-        for places, batch in self._words.take(rows, ["boxes"]):
+        for places, batch in self.box_columns.take(rows, ["boxes"]):
             for place, boxes in zip(places.tolist(), batch["boxes"].to_pylist(), strict=True):
                 found[place] = boxes or []
         return found
@@ -150,7 +166,7 @@ class PreparedRows:
     def sources(self, rows: Sequence[int]) -> list[str | None]:
         """Where some rows came from, by name."""
         found: list[str | None] = [None] * len(rows)
-        for places, batch in self._words.take(rows, ["source"]):
+        for places, batch in self.texts.take(rows, ["source"]):
             for place, name in zip(places.tolist(), batch["source"].to_pylist(), strict=True):
                 found[place] = name
         return found
@@ -182,16 +198,8 @@ class PreparedRows:
         return self._digests[row].tobytes().hex()
 
     @cached_property
-    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """First row of each row group, and (part, shard, group, offset, length) of each."""
-        tables = [np.load(part.groups) for part in self._parts]
-        starts = np.cumsum(np.concatenate([[0], *(table[:, 2] for table in tables)]))
-        numbered = [np.insert(t[:, [0, 1, 3, 4]], 0, part, 1) for part, t in enumerate(tables)]
-        return starts, np.concatenate(numbered)
+    def _groups(self) -> Groups:
+        return Groups(self._parts)
 
     def _place(self, row: int) -> Place:
-        starts, groups = self._groups
-        at = int(np.searchsorted(starts, row, "right")) - 1
-        part, shard, group, offset, num_bytes = groups[at].tolist()
-        file = self._parts[part].shards[shard]
-        return Place(file, group, row - int(starts[at]), offset, num_bytes)
+        return self._groups.picture(row)

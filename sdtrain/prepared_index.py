@@ -1,9 +1,9 @@
-"""A small copy of what a published set says in words, so that any row of millions is at hand.
+"""What a start needs to know of every row of a published set: ids, sizes, repeats, one digest.
 
-Parquet cannot be read row by row, and training reads rows in random order. The texts, sizes and
-ids are therefore written once, uncompressed, into the cache of the `datasets` library, and mapped
-into memory; pictures stay where they are. The copy belongs to the very files it was made of, by
-their size and time.
+Training reads rows in random order, which Parquet cannot. These few columns are therefore written
+once, uncompressed, into the cache of the `datasets` library, and mapped into memory; texts follow
+later (`prepared_texts`), pictures stay where they are. The copy belongs to the very files it was
+made of, by their size and time.
 """
 
 from __future__ import annotations
@@ -12,32 +12,36 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sdprep.console import progress, say
-from sdprep.errors import DataError, UserError
-from sdprep.schema import BOX, MANIFEST
+from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain.hub_shards import HubShard
-from sdtrain.parquet_pictures import BYTES_LEAF, chunk_span
-from sdtrain.repeats import whole_repeats
-from sdtrain.text_columns import SCHEMA, canonical, digest_sum, total
+from sdtrain.parquet_digest import TextBytes
+from sdtrain.parquet_pictures import Place, chunk_span
+from sdtrain.parquet_rows import (
+    CHECKED,
+    ROWS,
+    TEXTS,
+    Shard,
+    group_spans,
+    open_shard,
+    read_groups,
+    readers,
+    require_columns,
+    state,
+    stored_bytes,
+)
+from sdtrain.text_columns import total
 
-VERSION = 2
-BATCH_ROWS = 65_536
+VERSION = 3
 MOST_PARTS = 256
-NEEDED = ("id", "image", "width", "height")
-SOURCE, BOXES = pa.field("source", pa.string()), pa.field("boxes", pa.list_(BOX))
-Shard = Path | HubShard
-_SLOW_ROWS = 200_000
-_MOST_THREADS = 16
+_SLOW_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class Part:
     shards: tuple[Shard, ...]
 
     @property
-    def texts(self) -> Path:
-        """Arrow file: id, sizes, texts, repeats, perhaps boxes."""
-        return self.stem.with_suffix(".arrow")
+    def rows(self) -> Path:
+        """Arrow file: id, sizes, repeats."""
+        return self.stem.with_suffix(".rows")
 
     @property
     def groups(self) -> Path:
@@ -67,14 +71,21 @@ class Part:
         """JSON: rows and digest; written last, so a part that has it is whole."""
         return self.stem.with_suffix(".json")
 
+    def copy(self, ending: str) -> Path:
+        """Arrow file of further columns; a part that has it has it whole."""
+        return self.stem.with_suffix(f".{ending}")
 
-def index_parts(shards: Sequence[Shard], cache: Path, *, with_boxes: bool) -> list[Part]:
+    def scratch(self) -> Path:
+        """What this process's files are called until they are whole, without their endings."""
+        return self.stem.with_name(f".{self.stem.name}-{os.getpid()}")
+
+
+def index_parts(shards: Sequence[Shard], cache: Path) -> list[Part]:
     """The parts of one split, made as far as they are not there.
 
     Args:
         shards: Parquet files of the split, in order.
         cache: folder of this data set's indexes; parts of files that have changed are deleted.
-        with_boxes: whether the boxes of detectors are wanted, too.
 
     Raises:
         DataError: a file cannot be read, lacks a column, or has a row that cannot be trained on.
@@ -84,152 +95,114 @@ def index_parts(shards: Sequence[Shard], cache: Path, *, with_boxes: bool) -> li
     parts = []
     for start in range(0, len(shards), together):
         files = tuple(shards[start : start + together])
-        key = digest("index", VERSION, with_boxes, *map(_state, files))
-        kind = "boxes" if with_boxes else "plain"
+        key = digest("index", VERSION, *map(state, files))
         name = files[0].name.partition("-")[0]  # the split
-        parts.append(Part(cache / f"{name}-{kind}-{start:05d}-{key}", files))
+        parts.append(Part(cache / f"{name}-{start:05d}-{key}", files))
     missing = [part for part in parts if not part.facts.is_file()]
     if missing:
-        _make(missing, cache, with_boxes)
+        _make(missing, cache)
         _clear(cache, parts)
     return parts
 
 
-def _make(parts: Sequence[Part], cache: Path, with_boxes: bool) -> None:
-    num_rows = sum(_num_rows(shard) for part in parts for shard in part.shards)
-    is_far = isinstance(parts[0].shards[0], HubShard)  # then threads wait more than they work
-    threads = min(len(parts), _MOST_THREADS if is_far else os.cpu_count() or 1, _MOST_THREADS)
+def _make(parts: Sequence[Part], cache: Path) -> None:
+    num_shards = sum(len(part.shards) for part in parts)
+    pool = readers(are_far=isinstance(parts[0].shards[0], HubShard))
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        if num_rows > _SLOW_ROWS:
-            say(f"reading the texts of {num_rows:,} rows once, into {cache}")
-        with progress("reading texts", num_rows) as bar, ThreadPoolExecutor(threads) as pool:
-            for rows in pool.map(lambda part: _write(part, with_boxes), parts):
-                bar.advance(rows)
+        with progress("reading rows", num_shards, "shards") as bar:
+            rows = 0
+            for part, found in zip(parts, pool.map(_write, parts), strict=True):
+                bar.advance(len(part.shards))
+                rows += found
     except OSError as error:
-        raise UserError(
-            f"the texts of the data set cannot be indexed in {cache}: {error}",
-            "Make room there, or move the cache: set HF_DATASETS_CACHE.",
-        ) from error
+        raise cannot_write(cache, error) from error
+    if rows > _SLOW_ROWS:
+        say(f"read ids and sizes of {rows:,} rows once, into {cache}")
 
 
-def _write(part: Part, with_boxes: bool) -> int:
+def cannot_write(cache: Path, error: OSError) -> UserError:
+    """What to say when there is no room."""
+    return UserError(
+        f"the rows of the data set cannot be indexed in {cache}: {error}",
+        "Make room there, or move the cache: set HF_DATASETS_CACHE.",
+    )
+
+
+def _write(part: Part) -> int:
     """Make one part; returns its rows."""
-    scratch = f"{part.stem.with_name('.' + part.stem.name)}-{os.getpid()}"
-    further = [SOURCE, BOXES] if with_boxes else [SOURCE]
-    schema = pa.schema([*SCHEMA, *further])
+    scratch = part.scratch()
     groups: list[tuple[int, ...]] = []
-    sums, num_rows = [], 0
-    with pa.OSFile(f"{scratch}.arrow", "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for table in _tables(part.shards, further, groups):
-            batch = table.combine_chunks().to_batches()[0]
-            sums.append(digest_sum(batch.select(SCHEMA.names)))
+    sums: list[np.ndarray] = []
+    num_rows = 0
+    with (
+        pa.OSFile(f"{scratch}.rows", "wb") as sink,
+        pa.ipc.new_file(sink, ROWS) as writer,
+    ):
+        for batch in _batches(part.shards, groups, sums):
             writer.write_batch(batch)
             num_rows += batch.num_rows
     np.save(f"{scratch}.npy", np.array(groups, np.int64).reshape(-1, 5))
     facts = {"rows": num_rows, "digest": [int(lane) for lane in total(sums)]}
     Path(f"{scratch}.json").write_text(json.dumps(facts), encoding="utf-8")
-    for file in (part.texts, part.groups, part.facts):
+    for file in (part.rows, part.groups, part.facts):
         os.replace(f"{scratch}{file.suffix}", file)
     return num_rows
 
 
-def _tables(
-    shards: Sequence[Shard], further: Sequence[pa.Field], groups: list[tuple[int, ...]]
-) -> Iterator[pa.Table]:
-    """The rows of some shards, some ten thousand at a time; notes down the row groups."""
+def _batches(
+    shards: Sequence[Shard], groups: list[tuple[int, ...]], sums: list[np.ndarray]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of some shards, some ten thousand at a time; notes down row groups and digests."""
     for index, shard in enumerate(shards):
-        with _opened(shard) as file:
-            leaf, columns = _columns(file, shard, further)
-            first, span, rows = 0, [], 0
-            for group in range(file.num_row_groups):
-                about = file.metadata.row_group(group)
-                groups.append((index, group, about.num_rows, *chunk_span(about, leaf)))
-                span.append(group)
-                rows += about.num_rows
-                is_last = group + 1 == file.num_row_groups
-                if rows and (rows >= BATCH_ROWS or is_last):
-                    table = file.read_row_groups(span, columns=columns, use_threads=False)
-                    yield _conformed(table, shard, first, further)
-                    first, span, rows = first + rows, [], 0
-
-
-def _state(shard: Shard) -> str:
-    """What changes with the rows of a file."""
-    if isinstance(shard, HubShard):
-        return f"{shard.name} {shard.oid}"
-    return f"{shard.name} {shard.stat().st_size} {shard.stat().st_mtime_ns}"
-
-
-def _num_rows(shard: Shard) -> int:
-    return shard.num_rows if isinstance(shard, HubShard) else _opened(shard).metadata.num_rows
-
-
-def _opened(shard: Shard) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(shard.words() if isinstance(shard, HubShard) else shard)
-    except pa.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{shard} is no Parquet file: {reason}", "Publish it again.") from None
-
-
-def _columns(
-    file: pq.ParquetFile, shard: Shard, further: Sequence[pa.Field]
-) -> tuple[int, list[str]]:
-    """Number of the column with the pictures' bytes, and the columns to read."""
-    leaves = [file.schema.column(index).path for index in range(len(file.schema.names))]
-    there = set(file.schema_arrow.names)
-    missing = [name for name in NEEDED if name not in there]
-    if missing or BYTES_LEAF not in leaves:
-        raise DataError(
-            f"{shard}, of a data set with {MANIFEST}, has no column {(missing or [BYTES_LEAF])[0]};"
-            f" found: {', '.join(file.schema_arrow.names)}",
-            "Publish the data set again with sdprep.",
-        )
-    wanted = {*SCHEMA.names, *(field.name for field in further)}
-    unread = ("tags.list.element.score", "tags.list.element.source")
-    columns = [leaf for leaf in leaves if leaf.split(".")[0] in wanted and leaf not in unread]
-    return leaves.index(BYTES_LEAF), columns
-
-
-def _conformed(table: pa.Table, shard: Shard, first: int, further: Sequence[pa.Field]) -> pa.Table:
-    """The rows under the index's schema, checked."""
-    names = table["id"].to_pylist() if "id" in table.column_names else []
-    repeats = whole_repeats(table, names, f"{shard}, row {first}")
-    found = canonical(table)
-    for field in further:
-        if field.name in table.column_names:
-            found = found.append_column(field.name, table[field.name])
-    columns = []
-    for field in (*SCHEMA, *further):
-        if field.name == "repeats":
-            columns.append(pa.array(repeats))
-        elif field.name in found.column_names:
-            columns.append(_cast(found[field.name], field, shard))
-        else:
-            columns.append(pa.nulls(table.num_rows, field.type))
-    empty = [name for name in ("id", "width", "height") if found[name].null_count]
-    if empty:
-        raise DataError(f"{shard}: a row from {first} on has no {empty[0]}", "Publish it again.")
-    return pa.table(columns, pa.schema([*SCHEMA, *further]))
-
-
-def _cast(column: Any, field: pa.Field, shard: Shard) -> Any:
-    try:
-        return column.cast(field.type)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(
-            f"{shard}: column {field.name} is {column.type}, not {field.type}: "
-            f"{str(error).splitlines()[0]}",
-            "Publish the data set again with sdprep.",
-        ) from None
+        with open_shard(shard) as file:
+            leaf = require_columns(file, shard, [ROWS, TEXTS])
+            with stored_bytes(shard) as stored:
+                sums.append(TextBytes(file).digest_sum(stored))
+            first = 0
+            for span in group_spans(file):
+                for group in span:
+                    about = file.metadata.row_group(group)
+                    groups.append((index, group, about.num_rows, *chunk_span(about, leaf)))
+                batch = read_groups(file, shard, span, CHECKED, first)
+                first += batch.num_rows
+                yield batch.select(ROWS.names)
 
 
 def _clear(cache: Path, parts: Sequence[Part]) -> None:
     """Delete what was made of files that are no longer as they were."""
-    name, kind = parts[0].stem.name.split("-")[:2]
+    name = parts[0].stem.name.split("-")[0]
     kept = {part.stem.name for part in parts}
-    for file in cache.glob(f"{name}-{kind}-*"):
+    for file in cache.glob(f"{name}-*"):
         if file.stem not in kept:
             with contextlib.suppress(OSError):  # Windows keeps what another run has open
                 file.unlink()
+
+
+class Groups:
+    """Where the rows of a split are stored.
+
+    Args:
+        parts: its index.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        self._tables = [np.load(part.groups) for part in parts]
+        self._starts = [np.cumsum([0, *table[:, 2].tolist()]) for table in self._tables]
+        self.part_starts = np.cumsum([0, *(int(starts[-1]) for starts in self._starts)])
+
+    def inside(self, part: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shard, row group and place in it of some rows, counted from the start of their part."""
+        which = np.searchsorted(self._starts[part], rows, "right") - 1
+        shards, groups = self._tables[part][which, :2].T
+        return shards, groups, rows - self._starts[part][which]
+
+    def picture(self, row: int) -> Place:
+        """Where the picture of one row is."""
+        part = int(np.searchsorted(self.part_starts, row, "right")) - 1
+        local = row - int(self.part_starts[part])
+        at = int(np.searchsorted(self._starts[part], local, "right")) - 1
+        shard, group, _, offset, num_bytes = self._tables[part][at].tolist()
+        inside = local - int(self._starts[part][at])
+        return Place(self._parts[part].shards[shard], group, inside, offset, num_bytes)

@@ -20,7 +20,7 @@ from sdtrain.dataset import Splits
 from sdtrain.errands import submit, together
 from sdtrain.hub_files import list_files
 from sdtrain.hub_shards import Ahead, HubShard, Page, clear
-from sdtrain.prepared_data import SPLITS, PreparedRows
+from sdtrain.prepared_data import SPLITS, PreparedRows, made_ready
 from sdtrain.prepared_index import index_parts
 
 if TYPE_CHECKING:
@@ -94,11 +94,9 @@ def _open_split(
     with progress("asking for shards", len(shards), "shards") as bar:
         for _ in together(lambda shard: shard.num_rows, shards):
             bar.advance()
-    rows = StreamedRows(index_parts(shards, _cache(section), with_boxes=with_boxes))
-    twice = rows.ids.first_twice()
-    if twice is not None:
-        raise DataError(f"{section.path} has the id {twice} twice", "Ids must name one row each.")
-    return rows if len(rows) else None
+    cache = _cache(section)
+    rows = StreamedRows(index_parts(shards, cache), with_boxes=with_boxes)
+    return made_ready(rows, cache, section.path)
 
 
 def _note(section: DataSection, shards: Mapping[str, Sequence[HubShard]]) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from threading import Event
+from time import sleep
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,14 +21,16 @@ from sdprep.errors import DataError
 from sdprep.prepared_files import ShardWriter, prepared_schema
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.seeding import integer
+from sdtrain import prepared_copying
 from sdtrain.dataset import TrainingData, open_data
 from sdtrain.ids import Ids
 from sdtrain.parquet_pictures import Place, _walk, chunk_span, read_picture
 from sdtrain.prepared_data import PreparedRows
 from sdtrain.recipe import DataSection
-from sdtrain.text_columns import SCHEMA, digest_sum, records, total
+from sdtrain.text_columns import RECORD_COLUMNS, SCHEMA, canonical, digest_sum, records, total
 from tests.train_data import prepared_row, write_prepared
 
+SCHEMA_OF_RECORDS = pa.schema([SCHEMA.field(n) for n in ("width", "height", *RECORD_COLUMNS)])
 NAMES = st.text(st.sampled_from("ab\0é#界"), max_size=12)
 
 
@@ -41,6 +46,16 @@ def opened(path: Path, *, with_boxes: bool = False) -> TrainingData:
 
 
 # --- ids ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names", [["aaaaaaaa2", "aaaaaaaa1", "b2345678é", "aaaaaaaa1"], ["b", "a"]]
+)
+def test_ids_of_one_length_sort_as_strings_do(names: list[str]) -> None:
+    ids = Ids.of(names)
+    assert [names[row] for row in ids.order] == sorted(names)
+    assert ids.first_twice() == (None if len(names) == 2 else "aaaaaaaa1")
+    assert Ids([pa.array(["x", *names])[1:]]).prefixes.tolist() == ids.prefixes.tolist()
 
 
 @settings(max_examples=80, deadline=None)
@@ -157,51 +172,237 @@ def test_rows_of_many_shards_come_back_in_any_order(tmp_path: Path) -> None:
 def test_records_are_what_arrow_says(tmp_path: Path) -> None:
     tags = [{"name": "cat", "category": "general"}, {"name": "dog", "category": "artist"}]
     rows = [prepared_row(0, tags=tags), prepared_row(1, tags=None, captions=[]), prepared_row(2)]
-    (part,) = opened(write_prepared(tmp_path / "set", rows)).train._parts  # type: ignore[attr-defined]
-    batch = pa.ipc.open_file(str(part.texts)).get_batch(0).select(SCHEMA.names)
+    table = pa.Table.from_pylist(rows, schema=prepared_schema())
+    batch = canonical(table).cast(SCHEMA_OF_RECORDS).to_batches()[0]
     expected = batch.to_pylist()
     expected[1]["tags"] = []
     assert records(batch) == expected
     assert expected[0]["tags"] == tags
+    data = opened(write_prepared(tmp_path / "set", rows)).train
+    sizes = [{"width": row["width"], "height": row["height"]} for row in rows]
+    assert [{**r, **s} for r, s in zip(data.records([0, 1, 2]), sizes, strict=True)] == expected
 
 
 def test_growth_reads_only_the_new_shards(tmp_path: Path) -> None:
     rows = [prepared_row(n) for n in range(6)]
     folder = write_prepared(tmp_path / "set", rows[:3])
-    before = {part.texts for part in opened(folder).train._parts}  # type: ignore[attr-defined]
+    before = {part.rows for part in opened(folder).train._parts}  # type: ignore[attr-defined]
     more = pa.Table.from_pylist(rows[3:], schema=prepared_schema())
     pq.write_table(more, folder / "data" / "train-00001.parquet")
     data = opened(folder)
-    after = {part.texts for part in data.train._parts}  # type: ignore[attr-defined]
+    after = {part.rows for part in data.train._parts}  # type: ignore[attr-defined]
     assert len(after) == 2
     assert before < after
-    assert data.fingerprint == opened(write_prepared(tmp_path / "other", rows)).fingerprint
+    assert data.train.ids == [row["id"] for row in rows]
 
 
 def test_an_edited_shard_is_read_again_and_its_old_index_is_deleted(tmp_path: Path) -> None:
     folder = write_prepared(tmp_path / "set", [prepared_row(0, caption="before")])
     first = opened(folder)
-    old = first.train._parts[0].texts  # type: ignore[attr-defined]
+    assert first.train.records([0])[0]["caption"] == "before"
+    part = first.train._parts[0]  # type: ignore[attr-defined]
+    old = [part.rows, part.groups, part.facts, part.copy("texts")]
+    assert all(file.is_file() for file in old)
     data = opened(write_prepared(folder, [prepared_row(0, caption="behind")]))
     assert data.train.records([0])[0]["caption"] == "behind"
     assert data.fingerprint != first.fingerprint
-    assert not old.exists()
+    assert not any(file.exists() for file in old)
 
 
 def test_boxes_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
-    box = {"label": "watermark", "score": 0.5, "x0": 0.0, "y0": 0.0, "x1": 0.5, "y1": 0.25}
-    folder = write_prepared(tmp_path / "set", [prepared_row(0), prepared_row(1, boxes=[box])])
+    folder = write_prepared(tmp_path / "set", [prepared_row(0), prepared_row(1, boxes=[BOX])])
     assert opened(folder).train.boxes([1, 0]) == [[], []]
-    assert opened(folder, with_boxes=True).train.boxes([1, 0]) == [[box], []]
+    assert opened(folder, with_boxes=True).train.boxes([1, 0]) == [[BOX], []]
 
 
 def test_a_half_written_index_is_made_again(tmp_path: Path) -> None:
     folder = write_prepared(tmp_path / "set", [prepared_row(0)])
     part = opened(folder).train._parts[0]  # type: ignore[attr-defined]
     part.facts.unlink()
-    part.texts.write_bytes(b"half")
+    part.rows.write_bytes(b"half")
     assert opened(folder).train.records([0])[0]["id"] == prepared_row(0)["id"]
     assert json.loads(part.facts.read_text(encoding="utf-8"))["rows"] == 1
+
+
+# --- the fingerprint ------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_does_not_depend_on_which_file_holds_which_group(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([prepared_row(n) for n in range(6)], schema=prepared_schema())
+    one, two = write_prepared(tmp_path / "one", []), write_prepared(tmp_path / "elsewhere/two", [])
+    pq.write_table(table, one / "data" / "train-00000.parquet", row_group_size=3)
+    pq.write_table(table.slice(3), two / "data" / "train-00000.parquet")
+    pq.write_table(table.slice(0, 3), two / "data" / "train-00001.parquet")
+    assert opened(one).fingerprint == opened(two).fingerprint
+
+
+TAG = {"name": "cat", "category": "general", "score": 0.5, "source": "wd"}
+BOX = {"label": "watermark", "score": 0.5, "x0": 0.0, "y0": 0.0, "x1": 0.5, "y1": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_seen"),
+    [
+        ({"id": "another"}, True),
+        ({"width": 81}, True),
+        ({"height": 113}, True),
+        ({"caption": "photo number 1 of a cat"}, True),
+        ({"caption": None}, True),
+        ({"captions": [{"text": "photo number 1 of a dog", "source": "humans"}]}, True),
+        ({"tags": [{**TAG, "name": "cow"}]}, True),
+        ({"tags": [{**TAG, "category": "artist"}]}, True),
+        ({"score": 9}, True),
+        ({"group_id": "group9"}, True),
+        ({"repeats": 2}, True),
+        ({"tags": [{**TAG, "score": 0.25}]}, False),
+        ({"source": "elsewhere", "license": "CC0"}, False),
+        ({"boxes": [BOX]}, False),
+    ],
+)
+def test_the_fingerprint_sees_what_training_reads(
+    tmp_path: Path, changed: dict[str, Any], is_seen: bool
+) -> None:
+    rows = [prepared_row(0), prepared_row(1, tags=[TAG])]
+    first = opened(published(tmp_path / "a", rows)).fingerprint
+    edited = opened(published(tmp_path / "b", [rows[0], {**rows[1], **changed}])).fingerprint
+    assert (edited != first) == is_seen
+
+
+# --- texts that are not copied yet ----------------------------------------------------------------
+
+
+def large(folder: Path, num_rows: int = 23) -> tuple[Path, list[dict[str, Any]]]:
+    """A set of several shards with several groups each."""
+    rows = [
+        prepared_row(n, caption=f"caption {n} é", source=f"s{n % 3}", tags=[TAG] * (n % 3))
+        for n in range(num_rows)
+    ]
+    write_prepared(folder, [])
+    table = pa.Table.from_pylist(rows, schema=prepared_schema())
+    for shard, start in enumerate(range(0, num_rows, 10)):
+        file = folder / "data" / f"train-{shard:05d}.parquet"
+        pq.write_table(table.slice(start, 10), file, row_group_size=3)
+    return folder, rows
+
+
+def copies(data: TrainingData) -> list[bool]:
+    return [part.copy("texts").is_file() for part in data.train._parts]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def _all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_copying, "AT_ONCE_ROWS", 0)
+
+
+@pytest.mark.usefixtures("_all_is_large")
+def test_texts_read_from_shards_are_those_of_the_copy(tmp_path: Path) -> None:
+    data = opened(large(tmp_path / "set")[0])
+    wanted = [22, 3, 3, 0, 14, 9, 10, 1, 20]
+    assert not any(copies(data))
+    direct, sources = data.train.records(wanted), data.train.sources(wanted)
+    data.train.copying.wait()  # type: ignore[attr-defined]
+    assert copies(data) == [True] * 3
+    again = opened(tmp_path / "set").train
+    assert (again.records(wanted), again.sources(wanted)) == (direct, sources)
+    assert [record["caption"] for record in direct] == [f"caption {n} é" for n in wanted]
+    assert sources == [f"s{n % 3}" for n in wanted]
+    data.train._parts[1].copy("texts").unlink()  # type: ignore[attr-defined]
+    mixed = opened(tmp_path / "set").train
+    assert (mixed.records(wanted), mixed.sources(wanted)) == (direct, sources)
+
+
+@pytest.mark.usefixtures("_all_is_large")
+def test_a_start_and_other_processes_copy_nothing(tmp_path: Path) -> None:
+    data = opened(large(tmp_path / "set")[0])
+    sent = pickle.loads(pickle.dumps(data.train))
+    assert sent.records([4, 2])[1]["caption"] == "caption 2 é"
+    assert sent.copying is None
+    assert not any(copies(data))
+
+
+def test_a_small_set_is_copied_before_its_first_text_is_handed_out(tmp_path: Path) -> None:
+    data = opened(large(tmp_path / "set")[0])
+    assert not any(copies(data))
+    data.train.records([4])
+    assert copies(data) == [True] * 3
+
+
+@pytest.mark.usefixtures("_all_is_large")
+def test_copying_that_is_stopped_leaves_whole_parts_and_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = large(tmp_path / "set")
+    data = opened(folder)
+    copying, columns = data.train.copying, data.train.texts  # type: ignore[attr-defined]
+    batches, begun = columns._batches, Event()
+
+    def slow(part: Any) -> Any:
+        for batch in batches(part):
+            if part is columns.parts[1]:
+                begun.set()
+                copying._is_over.wait()
+            yield batch
+
+    monkeypatch.setattr(prepared_copying, "_MOST_THREADS", 1)
+    monkeypatch.setattr(columns, "_batches", slow)
+    data.train.records([0])
+    assert begun.wait(20)
+    copying.stop()
+    cache = columns.parts[0].stem.parent
+    assert copies(data) == [True, False, False]
+    assert list(cache.glob(".*.texts")) == []
+    left = cache / f".{columns.parts[1].stem.name}-1.texts"
+    left.write_bytes(b"of a process that was killed")
+    again = opened(folder)
+    again.train.records([0])
+    again.train.copying.wait()  # type: ignore[attr-defined]
+    assert copies(again) == [True] * 3
+    assert not left.exists()
+
+
+@pytest.mark.usefixtures("_all_is_large")
+def test_one_process_copies_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_copying, "_AGAIN_S", 0.01)
+    data = opened(large(tmp_path / "set")[0])
+    cache = data.train._parts[0].stem.parent  # type: ignore[attr-defined]
+    with FileLock(cache / "copying.lock"):
+        assert data.train.records([22])[0]["caption"] == "caption 22 é"
+        sleep(0.1)
+        assert not any(copies(data))
+    data.train.copying.wait()  # type: ignore[attr-defined]
+    assert copies(data) == [True] * 3
+
+
+@pytest.mark.usefixtures("_all_is_large")
+def test_a_text_that_cannot_be_read_stops_the_run_when_copying_finds_it(tmp_path: Path) -> None:
+    folder, rows = large(tmp_path / "set")
+    file = folder / "data" / "train-00002.parquet"
+    table = pq.read_table(file)
+    captions = pa.array([b"fine", b"\xff no text", b"fine"], pa.binary())
+    at = table.column_names.index("caption")
+    pq.write_table(table.set_column(at, "caption", captions), file)
+    data = opened(folder)
+    assert data.train.records([0])[0]["id"] == rows[0]["id"]
+    data.train.copying.wait()  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"train-00002\.parquet: column caption is binary"):
+        data.train.records([0])
+
+
+@pytest.mark.usefixtures("_all_is_large")
+def test_without_room_for_a_copy_texts_are_read_from_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(part: Any, is_over: Any) -> bool:
+        raise OSError(28, "No space left on device")
+
+    data = opened(large(tmp_path / "set")[0])
+    monkeypatch.setattr(data.train.texts, "write", full)  # type: ignore[attr-defined]
+    for _ in range(2):
+        assert data.train.records([22])[0]["caption"] == "caption 22 é"
+        data.train.copying.wait()  # type: ignore[attr-defined]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("No space left on device") == 1
+    assert "read out of the shards" in said
 
 
 # --- what cannot be trained on --------------------------------------------------------------------

@@ -60,9 +60,18 @@ def keys(slots: Sequence[Slot]) -> list[tuple[str, int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 50), st.integers(0, 3))
-def test_every_row_comes_once_per_epoch(count: int, run: int, window: int, seed: int) -> None:
-    order = order_of(some_rows(count), seed=seed, run_samples=run, window=window)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(1, 50),
+    st.integers(1, 20),
+    st.integers(0, 3),
+)
+def test_every_row_comes_once_per_epoch(
+    count: int, run: int, window: int, stripe: int, seed: int
+) -> None:
+    rows = some_rows(count)
+    order = order_of(rows, seed=seed, run_samples=run, window=window, stripe=stripe)
     slots = list(islice(order.slots(), 3 * count))
     for epoch in range(3):
         part = slots[epoch * count : (epoch + 1) * count]
@@ -71,18 +80,53 @@ def test_every_row_comes_once_per_epoch(count: int, run: int, window: int, seed:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 130), st.integers(1, 50))
-def test_a_resumed_stream_is_the_suffix(count: int, start: int, window: int) -> None:
-    order = order_of(some_rows(count), window=window)
+@given(st.integers(1, 40), st.integers(0, 130), st.integers(1, 50), st.integers(1, 20))
+def test_a_resumed_stream_is_the_suffix(count: int, start: int, window: int, stripe: int) -> None:
+    order = order_of(some_rows(count), window=window, stripe=stripe)
     whole = list(islice(order.slots(), start + 50))
     assert list(islice(order.slots(start), 50)) == whole[start:]
+
+
+@pytest.mark.parametrize("start", [0, 150, 399, 400, 777])
+def test_only_the_prompts_of_one_stripe_are_rendered_ahead(start: int) -> None:
+    rendered: list[int] = []
+    rows = some_rows(400)
+
+    def render(wanted: Sequence[int], visits: Sequence[int]) -> list[Text]:
+        rendered.extend(wanted)
+        return [Text("", False, 1)] * len(wanted)
+
+    options: dict[str, Any] = {"seed": 1, "run_samples": 1, "window": 200, "stripe": 40}
+    order = GlobalOrder(rows.ids, assign(rows, BUCKETS, 1.0), render, **options)
+    next(order.slots(start))
+    assert 0 < len(rendered) < 40 + 16  # a stripe ends with a block, of 16 runs
+
+
+def test_a_stripe_has_few_buckets_and_few_short_runs() -> None:
+    def num_runs(**options: Any) -> int:
+        rows = some_rows(4_000)
+        assignment = assign(rows, BUCKETS, 1.0)
+        order = GlobalOrder(
+            rows.ids,
+            assignment,
+            lambda wanted, visits: [Text("", False, 1 + row % 3 // 2) for row in wanted],
+            seed=1,
+            **{"run_samples": 16, **options},
+        )
+        kinds = [(s.bucket, s.text.num_chunks) for s in islice(order.slots(), 4_000)]
+        return 1 + sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+
+    together, plain = num_runs(window=4_000, stripe=500), num_runs(window=500)
+    assert together < 0.93 * plain
+    assert together < 1.08 * num_runs(window=4_000)
 
 
 def test_the_order_does_not_depend_on_how_rows_are_stored() -> None:
     rows = some_rows(30)
     backwards = SizedRows(rows.ids[::-1], [tuple(size) for size in rows.sizes_hw[::-1]])
-    expected = keys(list(islice(order_of(rows).slots(), 60)))
-    assert keys(list(islice(order_of(backwards).slots(), 60))) == expected
+    for options in ({}, {"window": 20, "stripe": 6}):
+        expected = keys(list(islice(order_of(rows, **options).slots(), 60)))
+        assert keys(list(islice(order_of(backwards, **options).slots(), 60))) == expected
 
 
 def test_epochs_and_seeds_differ() -> None:

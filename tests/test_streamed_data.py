@@ -203,7 +203,7 @@ def test_streamed_and_local_are_one_run_bit_for_bit(run: Run, local: dict[str, A
 def test_workers_fetch_for_themselves(run: Run, hub: HubServer, local: dict[str, Any]) -> None:
     hub.has_storage = True
     assert run("streamed", "data.workers=2", NOTHING) == local
-    assert len(hub.sent_to_storage) > 40
+    assert len(hub.sent_to_storage) > 30  # words are sent for once
 
 
 def test_training_starts_after_the_first_pictures(
