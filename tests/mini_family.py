@@ -136,6 +136,9 @@ class MiniFamily:
     def num_chunks(self, prompt: str) -> int:
         return 1 + min(2, len(prompt) // CHUNK_LETTERS)
 
+    def num_tokens_cut(self, prompt: str) -> int:
+        return 0
+
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 
