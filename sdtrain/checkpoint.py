@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdprep.console import say, warn
+from sdprep.console import say
 from sdprep.errors import DataError, UserError
 from sdtrain.checksums import checksums, why_changed
 from sdtrain.disk import as_os_error
@@ -28,17 +28,6 @@ from sdtrain.world import ALONE
 WHOLE_HERE = Engine(ALONE)
 FORMAT_VERSION = 1
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
-
-DATA = "data_fingerprint"
-FREE_KEYS = (
-    *("output", "model.path", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
-    *("data.revision", "data.streaming", "data.stream_keep_gb"),
-    *("precision.device", "ema.device", "ema.hand_over", "validation.stop"),
-    *("cache.latents", "cache.text", "cache.path"),
-    *("sampling", "tracking", "distributed"),
-)
-"""Recipe keys that may change freely: they do not touch the result. Data set and model are compared
-by their fingerprints, so what was moved is still the same."""
 
 
 @dataclass(frozen=True)
@@ -356,72 +345,3 @@ def older_than(path: Path) -> str:
     except DataError as error:
         return error.hint  # which looked further back
     return f"The next older one that is whole is {older[-1]}: --resume {older[-1]}"
-
-
-# --- what may differ ------------------------------------------------------------------------------
-
-
-def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key path to (saved, current) of everything that differs and matters for the result.
-
-    Args:
-        saved: `{"recipe": …, "data": …, …}` of a checkpoint.
-        current: the same of the run that is about to start.
-    """
-    before, now = _flat(saved), _flat(current)
-    keys = sorted({*before, *now})
-    differing = {key: (before.get(key), now.get(key)) for key in keys}
-    return {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
-
-
-def refuse_changes(
-    path: Path,
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
-    accepted: Sequence[str],
-    about_data: str = "",
-) -> list[str]:
-    """Compare a checkpoint with what is about to run.
-
-    Args:
-        path: the checkpoint.
-        saved: the conditions that it was made under.
-        current: those of the run.
-        accepted: keys that may differ.
-        about_data: what is said where the data differ.
-
-    Returns:
-        the accepted differences, one sentence each.
-
-    Raises:
-        UserError: something differs that `accepted` does not name; lists all of it.
-    """
-    found = changes(saved, current)
-    free = {key for key in found if _covered(key, FREE_KEYS)}
-    taken = {key for key in found if _covered(key, accepted)}
-    for key in accepted:
-        if not any(_covered(changed, [key]) for changed in found):
-            warn(f"--accept-change {key}: nothing of that name has changed")
-    refused = [key for key in found if key not in free | taken]
-    if refused:
-        lines = [f"  {key}: {found[key][0]!r} -> {found[key][1]!r}" for key in refused]
-        flags = " ".join(f"--accept-change {key}" for key in refused)
-        raise UserError(
-            f"{path} was made under other conditions:\n" + "\n".join(lines),
-            f"{about_data if DATA in refused else ''}"
-            f"Change them back, use another output, or accept: {flags}",
-        )
-    return [f"{key}: {found[key][0]!r} -> {found[key][1]!r}" for key in sorted(taken)]
-
-
-def _covered(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -14,6 +14,7 @@ from torch import Tensor
 from sdprep.errors import DataError
 from sdtrain import checkpoint
 from sdtrain.checkpoint import checkpoints, read_state
+from sdtrain.conditions import changes
 
 RECORD = ("recipe", "data", "versions", "samples_seen", "step", "freeze_table", "evaluations")
 COMPARED = ("recipe", "data", "versions", "samples_seen")
@@ -139,7 +140,7 @@ def difference(a: Provenance, b: Provenance) -> dict[str, Any]:
         `PartChange` each, as a dict.
     """
     records = ({key: each.record.get(key) for key in COMPARED} for each in (a, b))
-    keys = checkpoint.changes(*records)
+    keys = changes(*records)
     return {
         "a": str(a.path),
         "b": str(b.path),

@@ -15,6 +15,7 @@ from sdprep.errors import UserError
 from sdprep.seeding import digest
 from sdtrain import checkpoint
 from sdtrain.averages import Ema, is_schedule_free, put, restored, weights_to_use
+from sdtrain.conditions import refuse_changes
 from sdtrain.course import Course
 from sdtrain.cut_text import CutText
 from sdtrain.debias import LossFit
@@ -274,7 +275,7 @@ def begin(setup: Setup, folder: RunFolder, *, resume: str, accept: Sequence[str]
     snapshot = world.everywhere(lambda: checkpoint.read(path))
     saved = snapshot.state["conditions"]
     about_data = _moved(snapshot, setup)
-    for change in checkpoint.refuse_changes(path, saved, setup.conditions(), accept, about_data):
+    for change in refuse_changes(path, saved, setup.conditions(), accept, about_data):
         say(f"accepted change: {change}")
     run.restore(snapshot)
     world.on_main(lambda: checkpoint.set_aside_newer(folder.checkpoints, run.samples_seen))

@@ -12,8 +12,8 @@ import torch
 from sdprep.console import say
 from sdprep.errors import DataError
 from sdtrain import checkpoint
-from sdtrain.checkpoint import changes
 from sdtrain.compare import Pair, compare_measured, text
+from sdtrain.conditions import changes
 from sdtrain.course import followed
 from sdtrain.family import Family
 from sdtrain.foreign import MODEL_INDEX, kind_of, with_adapter

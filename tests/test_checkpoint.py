@@ -14,6 +14,7 @@ from torch import nn
 from sdprep.errors import DataError, UserError
 from sdtrain import checkpoint
 from sdtrain.checkpoint import Snapshot
+from sdtrain.conditions import refuse_changes
 from sdtrain.trackers.jsonl import JsonlTracker, read_metrics
 
 
@@ -216,7 +217,7 @@ def test_differences_are_all_listed_with_both_values() -> None:
         "model": {"path": "elsewhere"},
     }
     with pytest.raises(UserError) as caught:
-        checkpoint.refuse_changes(Path("c/8"), BEFORE, after, [])
+        refuse_changes(Path("c/8"), BEFORE, after, [])
     message = str(caught.value)
     assert "seed: 1 -> 2" in message
     assert "data.batch_size: 4 -> 8" in message
@@ -229,13 +230,13 @@ def test_differences_are_all_listed_with_both_values() -> None:
 
 def test_accepted_differences_are_taken_by_key_or_table() -> None:
     after = {**BEFORE, "seed": 2, "data": {**BEFORE["data"], "batch_size": 8}}  # type: ignore[dict-item]
-    assert checkpoint.refuse_changes(Path("c"), BEFORE, after, ["seed", "data"]) == [
+    assert refuse_changes(Path("c"), BEFORE, after, ["seed", "data"]) == [
         "data.batch_size: 4 -> 8",
         "seed: 1 -> 2",
     ]
     with pytest.raises(UserError, match=r"data\.batch_size"):
-        checkpoint.refuse_changes(Path("c"), BEFORE, after, ["seed", "data.batch"])
-    assert checkpoint.refuse_changes(Path("c"), BEFORE, BEFORE, []) == []
+        refuse_changes(Path("c"), BEFORE, after, ["seed", "data.batch"])
+    assert refuse_changes(Path("c"), BEFORE, BEFORE, []) == []
 
 
 # --- metrics --------------------------------------------------------------------------------------

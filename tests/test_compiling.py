@@ -11,8 +11,9 @@ import torch
 
 from sdprep.errors import RecipeError, UserError
 from sdprep.plugins import config_for
-from sdtrain import checkpoint, trainer
+from sdtrain import trainer
 from sdtrain.compiling import CompileSection, blocks, compile_blocks, require_compiler
+from sdtrain.conditions import changes
 from sdtrain.freezing import Rule, build_plan
 from sdtrain.losses.mse import mse
 from sdtrain.recipe import load_train_recipe
@@ -139,5 +140,5 @@ def test_a_missing_compiler_is_said_before_anything_is_opened(
 
 def test_a_compiled_run_is_not_continued_uncompiled_unasked(train_recipe: Recipe) -> None:
     saved = load_train_recipe(train_recipe(), ["compile.mode=blocks"]).resolved()
-    changed = checkpoint.changes(saved, load_train_recipe(train_recipe()).resolved())
+    changed = changes(saved, load_train_recipe(train_recipe()).resolved())
     assert changed == {"compile.mode": ("blocks", "off")}

@@ -13,7 +13,7 @@ import torch
 from sdprep.errors import DataError
 from sdtrain.check import describe
 from sdtrain.check_text import check_text
-from sdtrain.checkpoint import changes
+from sdtrain.conditions import changes
 from sdtrain.losses.mse import mse
 from sdtrain.prior import PREFIX
 from sdtrain.probe_sets import find_probes
