@@ -65,7 +65,11 @@ def measure(data: Path, model: Path, samples: int, scratch: Path) -> dict[str, A
         train(validate(changed, TrainRecipe, name))
         runs[name] = scratch / name
     against = {
-        name: [pair.to_json() for pair in compare_paths([runs["advised"], path])]
+        # no path of this machine
+        name: [
+            pair.to_json() | {"a": "advised", "b": name}
+            for pair in compare_paths([runs["advised"], path])
+        ]
         for name, path in runs.items()
         if name != "advised"
     }
