@@ -73,11 +73,11 @@ def test_a_finished_run_leaves_its_page(evaluated_run: Path) -> None:
     assert "http-equiv" not in html, "a finished page stays as it is"
     for words in ("12 of 12 samples (finished)", "unet.**", "frozen", "Held-out images: loss"):
         assert words in found.words
-    # two sets, ten bins, samples, raw and debiased loss, learning rates
-    assert len(found.sources) == 7
+    # two sets, ten bins, raw and debiased loss, learning rates; two prompts, drawn twice
+    assert len(found.sources) == 6 + 4
     kinds = [source.split(";")[0] for source in found.sources]
     assert kinds.count("data:image/svg+xml") == 6
-    assert kinds.count("data:image/jpeg") == 1
+    assert kinds.count("data:image/png") == 4
 
 
 def test_every_text_is_escaped(run: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_run_that_has_just_begun_has_a_page(run: Path) -> None:
     found = shortened(run, lambda line: line["samples_seen"] == 0)
     assert "Just begun" in found.words
     assert "0 of 12 samples (in progress, or stopped)" in found.words
-    assert len(found.sources) == 1  # the samples; a curve of one point says nothing
+    assert len(found.sources) == 2  # the samples; a curve of one point says nothing
 
 
 def test_a_run_without_evaluation_has_a_page(run: Path) -> None:
@@ -194,7 +194,7 @@ def test_sets_without_an_interval_are_drawn(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(without), encoding="utf-8")
     found = outline(page.write_page(run))
     assert "gives no interval" in found.words
-    assert "Flat" in found.words
+    assert "cannot tell: no interval" in found.words
 
 
 def test_a_getting_worse_after_the_best_is_said(run: Path) -> None:

@@ -334,7 +334,7 @@ def test_bins_hold_the_mean_loss_of_their_levels() -> None:
         ((1, 2), (-2, -1), "memorising"),
         ((1, 2), (1, 2), "diverging"),
         ((-1, 1), (-2, -1), "flat"),
-        (None, (-2, -1), "flat"),
+        (None, (-2, -1), "cannot tell: no interval"),
     ],
 )
 def test_the_verdict(held_out: Any, seen: Any, word: str) -> None:
