@@ -12,16 +12,26 @@ import torch
 from sdprep.buckets import fit
 from sdtrain.buckets import Assignment, Slot, micro_batches
 from sdtrain.cache.census import census
-from sdtrain.check_facts import device_bytes, num_in_both, precision_conflicts, sketch
+from sdtrain.check_facts import (
+    device_bytes,
+    num_groups_in_both,
+    num_in_both,
+    part_hashes,
+    precision_conflicts,
+    sketch,
+)
 from sdtrain.dataset import Rows, policy_words
 from sdtrain.memory import checkpoint_bytes, memory
 from sdtrain.recipe import TrainRecipe
 from sdtrain.resolution import expected_percent
 from sdtrain.run_folder import versions
 from sdtrain.setup import Setup, gpu_without_torch, open_setup
-from sdtrain.stored_formats import conflicts, stored_formats
+from sdtrain.stored_formats import conflicts, model_files, stored_formats
 
 CHUNK_ROWS = 2_000
+FORWARDS_OF_A_SAMPLE = 3
+"""A sample that trains costs its forward and a backward of twice that; an evaluated one, only the
+first."""
 CURVE_POINTS = 9
 SHOWN_PROMPTS = 3
 
@@ -97,6 +107,8 @@ def _model(setup: Setup) -> dict[str, Any]:
         "path": setup.recipe.model.path,
         "prediction_type": family.prediction_type,
         "fingerprint": setup.conditions()["model_fingerprint"],
+        "files": model_files(setup.recipe.model.path, family.parts),
+        "hashes": part_hashes(setup.start_hashes),
         "stored": stored_formats(setup.recipe.model.path, family.parts),
         "resolution_px": setup.recipe.data.resolution_px or family.default_resolution_px,
         "bucket_multiple_px": family.bucket_multiple_px,
@@ -137,6 +149,7 @@ def _data(setup: Setup) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "splits": splits,
         "in_both_splits": num_in_both(data, setup.train, setup.validation),
+        "groups_in_both_splits": num_groups_in_both(data, setup.train, setup.validation),
         "notes": data.notes,
         "policy": data.policy.model_dump(mode="json", by_alias=True),
         "policy_words": policy_words(data.policy),
@@ -273,6 +286,8 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
         "validation": min(wanted.images, validation),
         "train_probe": min(wanted.train_probe_images, len(setup.train.kept)),
     }
+    if wanted.forgetting is not None:
+        images["forgetting"] = wanted.forgetting.images
     per_image = {
         name: (16 if count < 16 else 4)
         if wanted.timesteps_per_image == "auto"
@@ -280,12 +295,17 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
         for name, count in images.items()
     }
     forwards = {name: images[name] * per_image[name] for name in images}
+    weights = 1 if setup.recipe.ema is None else 2
+    times, each = 1 + -(-setup.total_samples // every), weights * sum(forwards.values())
+    work = times * each / (FORWARDS_OF_A_SAMPLE * setup.total_samples)
     return {
         "every_samples": every,
-        "times": 1 + -(-setup.total_samples // every),
+        "times": times,
         "images": images,
         "timesteps_per_image": per_image,
-        "forwards_each_time": sum(forwards.values()),
+        "forwards_each_time": each,
+        "with_ema": weights == 2,
+        "percent_of_training": 100 * work,
         "resolves_percent_expected": {
             name: expected_percent(int(n)) for name, n in forwards.items()
         },

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
+from sdprep.seeding import digest
 from sdtrain.buckets import Assignment
-from sdtrain.dataset import TrainingData
+from sdtrain.dataset import Rows, TrainingData
 
 SKETCH_POINTS = 60
+MOST_GROUP_ROWS = 50_000
+"""Rows whose groups are compared: their texts are read for it, which takes seconds."""
+_READ_ROWS = 1_000
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -26,6 +30,45 @@ def num_in_both(data: TrainingData, train: Assignment, validation: Assignment | 
     is_kept = np.zeros(len(data.train), bool)
     is_kept[train.kept] = True
     return sum(bool(is_kept[row]) for row in places.values())
+
+
+def num_groups_in_both(
+    data: TrainingData, train: Assignment, validation: Assignment | None
+) -> int | None:
+    """Groups of near duplicates that lie on both sides; None if that was not looked at.
+
+    It is not where the set has no groups, or has more than `MOST_GROUP_ROWS` rows: then
+    `sdprep split FOLDER --verify` says it.
+    """
+    if data.validation is None or validation is None:
+        return None
+    if len(train.kept) + len(validation.kept) > MOST_GROUP_ROWS:
+        return None
+    held_out = _groups(data.validation, validation.kept)
+    return len(held_out & _groups(data.train, train.kept)) if held_out else None
+
+
+def _groups(rows: Rows, kept: np.ndarray) -> set[str]:
+    found = set()
+    for start in range(0, len(kept), _READ_ROWS):
+        for record in rows.records(kept[start : start + _READ_ROWS].tolist()):
+            found.add(record.get("group_id"))
+    return {group for group in found if group}
+
+
+def part_hashes(start_hashes: Mapping[str, str]) -> dict[str, str]:
+    """One hash for each network.
+
+    Args:
+        start_hashes: hash of each tensor, by `part.path`.
+    """
+    parts = dict.fromkeys(path.split(".")[0] for path in start_hashes)
+    return {
+        part: digest(
+            "part", *sorted(item for item in start_hashes.items() if item[0].startswith(f"{part}."))
+        )
+        for part in parts
+    }
 
 
 def device_bytes(device: torch.device) -> int | None:

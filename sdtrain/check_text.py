@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdtrain.cache import census
+from sdtrain.toml_text import toml_line
 
 WIDTH = 100
 
@@ -28,6 +29,7 @@ def check_text(found: Mapping[str, Any], freeze_table: str) -> str:
         ("cache", census.lines(found["cache"])),
         ("memory and disk", _memory(found)),
         ("the first prompts", _prompts(found["prompts"])),
+        ("the recipe, defaults included", _recipe(found["recipe"])),
     ]
     lines = []
     width = shutil.get_terminal_size((WIDTH, 24)).columns
@@ -54,9 +56,15 @@ def _folded(line: str, width: int) -> list[str]:
 
 
 def _dropped(dropped: Mapping[str, int]) -> list[str]:
-    lost = ", ".join(f"{count:,} rows of {split}" for split, count in dropped.items() if count)
+    lost = ", ".join(
+        f"{_count(count, 'row')} of {split}" for split, count in dropped.items() if count
+    )
     what = lost or "nothing"
     return [f"{what}; every row that is kept comes in every epoch, the last short step included"]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _size(num_bytes: float) -> str:
@@ -73,7 +81,11 @@ def _model(found: Mapping[str, Any]) -> list[str]:
         f"{model['family']} from {model['path']}, predicts {model['prediction_type']}",
         f"parameters: {parts}",
         f"fingerprint {model['fingerprint']}, on {found['device']}",
+        "hashes: " + ", ".join(f"{part} {hash_[:12]}" for part, hash_ in model["hashes"].items()),
     ]
+    if model["files"]:
+        files = ", ".join(f"{file} {_size(size)}" for file, size in model["files"].items())
+        lines.append(f"files: {files}")
     if model["stored"]:
         stored = ", ".join(f"{part} {kind}" for part, kind in model["stored"].items())
         lines.append(f"stored as: {stored}")
@@ -108,7 +120,10 @@ def _data(found: Mapping[str, Any]) -> list[str]:
         )
         lines += [f"  {example}" for example in split["examples"]]
     if "validation" in data["splits"]:
-        lines.append(f"images in both splits: {data['in_both_splits']}")
+        shared = data["groups_in_both_splits"]
+        groups = "" if shared is None else f"; groups of near duplicates in both: {shared:,}"
+        warning = "WARNING: " if data["in_both_splits"] or shared else ""
+        lines.append(f"{warning}images in both splits: {data['in_both_splits']:,}{groups}")
     else:
         lines.append("WARNING: no validation split; only the training images can be evaluated")
     lines.append(f"prompt policy: {data['policy_words']}")
@@ -196,9 +211,11 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
         for name in images
         if images[name]
     ]
+    both = ", with the averaged weights as well" if evaluation["with_ema"] else ""
     return [
-        f"{', '.join(probes) or 'none'} = {evaluation['forwards_each_time']:,} forwards, "
-        f"every {evaluation['every_samples']:,} samples, {evaluation['times']} times"
+        f"{', '.join(probes) or 'none'}{both} = {evaluation['forwards_each_time']:,} forwards, "
+        f"every {evaluation['every_samples']:,} samples, {evaluation['times']} times: "
+        f"{evaluation['percent_of_training']:.3g} % of the training's own work"
     ]
 
 
@@ -223,6 +240,18 @@ def _prompts(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for prompt in prompts:
         text = "(dropped)" if prompt["dropped"] else repr(prompt["prompt"])
-        lines.append(f"{prompt['id']} in {prompt['bucket']}, {prompt['chunks']} chunks: {text}")
+        lines.append(
+            f"{prompt['id']} in {prompt['bucket']}, {_count(prompt['chunks'], 'chunk')}: {text}"
+        )
         lines.append(f"  time_ids {prompt['time_ids']}")
     return lines
+
+
+def _recipe(recipe: Mapping[str, Any]) -> list[str]:
+    """A line for each section; what stands before the first section comes first."""
+    plain = {key: value for key, value in recipe.items() if not isinstance(value, Mapping)}
+    sections = {key: value for key, value in recipe.items() if isinstance(value, Mapping)}
+    return [
+        toml_line(plain),
+        *(f"[{name}] {toml_line(section)}" for name, section in sections.items() if section),
+    ]

@@ -43,6 +43,22 @@ def stored_formats(path: str, parts: Iterable[str]) -> dict[str, str]:
     return {part: kinds.most_common(1)[0][0] for part, kinds in found.items()}
 
 
+def model_files(path: str, parts: Iterable[str]) -> dict[str, int]:
+    """The files of weights that loading reads, with their sizes in bytes.
+
+    Args:
+        path: diffusers folder or single .safetensors file.
+        parts: networks by name.
+
+    Returns:
+        nothing for Hub ids, whose files are where the Hub's cache put them.
+    """
+    if is_single_file(path):
+        return {Path(path).name: Path(path).stat().st_size}
+    files = [file for part in parts for file in _files(Path(path) / part)]
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+
+
 def _files(folder: Path) -> list[Path]:
     """What loading reads: variants such as `model.fp16.safetensors` are passed over."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []

@@ -21,6 +21,11 @@ def toml_text(data: Mapping[str, Any]) -> str:
     return "\n".join(_table(data, ())).strip() + "\n"
 
 
+def toml_line(data: Mapping[str, Any]) -> str:
+    """The pairs of `data` in one line, tables inline; keys whose value is None are left out."""
+    return ", ".join(f"{_key(k)} = {_value(v)}" for k, v in data.items() if v is not None)
+
+
 def _table(data: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
     """One `[table]`: its plain keys first, then the tables inside it."""
     plain = {k: v for k, v in data.items() if v is not None and not isinstance(v, Mapping)}
@@ -51,8 +56,7 @@ def _value(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, Mapping):
-        pairs = (f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None)
-        return "{ " + ", ".join(pairs) + " }"
+        return f"{{ {toml_line(value)} }}" if value else "{}"
     if isinstance(value, Sequence):
         return "[" + ", ".join(_value(item) for item in value) + "]"
     raise TypeError(f"TOML cannot hold {type(value).__name__}: {value!r}")

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from sdtrain.best import ALPHA, FEWEST_IMAGES, Best, find_best
-from sdtrain.paired import Comparison, compare, holm
+from sdtrain.looks import over_looks
+from sdtrain.paired import Comparison, compare
 from sdtrain.wording import SEED_NOISE_PERCENT, percent, span
 
 HELD_OUT, SEEN, OUTSIDE = "validation", "train_probe", "forgetting"
@@ -116,6 +117,14 @@ class _Looks:
     def compare(self, name: str, since: int, until: int) -> Comparison:
         matrices = self.history[name]
         return compare(matrices[since], matrices[until], self.levels.get(name))
+
+    def corrected(self, name: str, since: int, untils: Sequence[int]) -> tuple[Comparison, float]:
+        """The last comparison, and its p-value for new images corrected for all of them."""
+        matrices = self.history[name]
+        found = [self.compare(name, since, until) for until in untils]
+        changes = np.stack([(matrices[until] - matrices[since]).mean(1) for until in untils])
+        p_values = [each.p_value_new_images or 0.0 for each in found]
+        return found[-1], over_looks(changes, p_values)[-1]
 
 
 def judge(history: History, levels: Levels | None = None) -> Verdict:
@@ -234,24 +243,21 @@ def _since_start(name: str, looks: _Looks) -> Evidence | None:
     clocks = sorted(looks.at(name))
     if len(clocks) < 2:
         return None
-    found = [looks.compare(name, clocks[0], clock) for clock in clocks[1:]]
-    p_values = [each.p_value_new_images for each in found]
-    if any(p is None for p in p_values) or found[-1].num_images < FEWEST_IMAGES:
+    found, corrected = looks.corrected(name, clocks[0], clocks[1:])
+    if found.p_value_new_images is None or found.num_images < FEWEST_IMAGES:
         return None
-    corrected = holm([p for p in p_values if p is not None])[-1]
-    return _evidence(name, clocks[0], clocks[-1], found[-1], corrected, len(found))
+    return _evidence(name, clocks[0], clocks[-1], found, corrected, len(clocks) - 1)
 
 
 def _since_best(name: str, looks: _Looks, best: Best) -> Evidence | None:
-    """The newest evaluation against the best: by the bootstrap, and by Holm for every look."""
+    """The newest evaluation against the best: by the bootstrap, and for every look since."""
     matrices = looks.at(name)
     later = [clock for clock in sorted(matrices) if clock > best.samples_seen]
     if not later or best.p_values is None:
         return None
-    found = [looks.compare(name, best.samples_seen, clock) for clock in later]
-    corrected = holm([each.p_value_new_images or 0.0 for each in found])[-1]
+    found, corrected = looks.corrected(name, best.samples_seen, later)
     largest = max(corrected, best.p_values[later[-1]])
-    return _evidence(name, best.samples_seen, later[-1], found[-1], largest, len(matrices) - 1)
+    return _evidence(name, best.samples_seen, later[-1], found, largest, len(matrices) - 1)
 
 
 def _between(name: str, looks: _Looks, since: int, until: int) -> Evidence | None:

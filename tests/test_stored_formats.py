@@ -62,7 +62,7 @@ def test_check_says_what_is_left_out(
     beyond = 0 if limit is None else 3
     assert found["dropped"] == {"train": 1, "train beyond data.limit": beyond}
     said = check_text(found, setup.plan.table())
-    assert "1 rows of train" in said
+    assert "1 row of train" in said
     assert ("beyond data.limit" in said) == bool(beyond)
     assert "stored as: unet F32" in said
     assert "the recipe's [prompt] sets max_chunks" in " ".join(said.split())

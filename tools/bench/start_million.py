@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-LIMIT_S, LIMIT_GB = 60, 4
+LIMIT_S, LIMIT_GB = 60, 6
 SEED = 1234
 TAGS, WORDS = 20, 12  # of a row; about 450 bytes of text
 BLOCK_ROWS = 50_000
