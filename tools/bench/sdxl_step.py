@@ -47,8 +47,8 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def networks() -> Folder:
-    """Full-size networks with random weights and the real tokenizers."""
+def networks(device: torch.device | str = "cpu") -> Folder:
+    """Full-size networks with random weights, drawn on a device, and the real tokenizers."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import (
         CLIPTextConfig,
@@ -59,29 +59,6 @@ def networks() -> Folder:
 
     torch.manual_seed(0)
     vocabulary = Path(__file__).resolve().parents[2] / "sdprep" / "data" / "clip_tokenizer"
-    unet = UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-    four = 4
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * four,
-        up_block_types=("UpDecoderBlock2D",) * four,
-        layers_per_block=2,
-        latent_channels=4,
-        scaling_factor=0.13025,
-        sample_size=1024,
-    )
     first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
     first.num_attention_heads = 12
     second = CLIPTextConfig(
@@ -92,11 +69,37 @@ def networks() -> Folder:
         hidden_act="gelu",
         projection_dim=1280,
     )
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        four = 4
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * four,
+            up_block_types=("UpDecoderBlock2D",) * four,
+            layers_per_block=2,
+            latent_channels=4,
+            scaling_factor=0.13025,
+            sample_size=1024,
+        )
+        text_encoder = CLIPTextModel(first)
+        text_encoder_2 = CLIPTextModelWithProjection(second)
     parts = {
         "unet": unet,
         "vae": vae,
-        "text_encoder": CLIPTextModel(first),
-        "text_encoder_2": CLIPTextModelWithProjection(second),
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
     }
     tokenizers = {
         "tokenizer": CLIPTokenizer.from_pretrained(vocabulary),

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def main() -> None:
 
 def cases(processes: int, arguments: Any) -> list[dict[str, Any]]:
     """What one launch measures."""
-    engines = ("ddp",) if processes == 1 else ("ddp", "fsdp2")
+    engines = ["ddp"] if processes == 1 else ["ddp", "fsdp2"]
+    engines += ["deepspeed"] if processes == 2 and find_spec("deepspeed") else []
     listed: list[dict[str, Any]] = []
     if arguments.only != "speed":
         listed += [{"kind": "agreement", "engine": engine, "adapter": "full"} for engine in engines]
@@ -219,7 +221,8 @@ def open_case(case: dict[str, Any], arguments: Any, world: Any) -> Any:
     side = 1024 if is_full_size else 64
     rows = pictures(side, ragged=case["kind"] == "agreement")
     policy = PromptPolicy.model_validate({"mode": "caption"})
-    setups.open_data = lambda *_, **__: TrainingData("made here", rows, None, policy, "", {})
+    data = TrainingData("made here", rows, None, policy, "this benchmark", "", {})
+    setups.open_data = lambda *_, **__: data
     if is_full_size:
         setups.open_model = open_full_size
     batch = BATCH if case["kind"] == "agreement" else arguments.micro * world.size
@@ -275,7 +278,7 @@ def open_full_size(recipe: Any, device: torch.device) -> Any:
 
     runs.tensor_hash = lambda tensor: ""  # type: ignore[assignment]  # 20 s that are not timed
     family = StableDiffusionXL(
-        networks(), Config(gradient_checkpointing=True), recipe.precision.mixed
+        networks(device), Config(gradient_checkpointing=True), recipe.precision.mixed
     )
     family.to(device)
     adapter = recipe.adapter.build()
