@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, step: str, body: dict[str, Any], entry: dict[str, Any]) -> None:
         text = f"A picture of {entry['image'].width} pixels lies on a table."
         if step == "slow":
-            time.sleep(0.8)
+            time.sleep(2.5)
         elif step == "redirect":
             self._send(302, b"", Location=f"{self.server.url}/steal")
             return

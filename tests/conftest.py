@@ -16,6 +16,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
+MOST_WORKERS = 8  # each loads torch, about 1 GB
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share the suite out over the processors; what is named is quicker in one process."""
+    options = config.option
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    has_workers = hasattr(options, "numprocesses") and "PYTEST_XDIST_WORKER" not in os.environ
+    if is_whole and has_workers and options.numprocesses is None and not options.usepdb:
+        options.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+        options.dist = "loadfile"
+
+
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 

@@ -40,7 +40,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def config(server: ChatServer, **given: Any) -> Config:
-    given = {"backoff_s": 0.01, "retries": 3, "timeout_s": 0.4, "prompt": "Describe."} | given
+    given = {"backoff_s": 0.01, "retries": 3, "timeout_s": 60.0, "prompt": "Describe."} | given
     return Config(base_url=server.url, model="tiny", **given)
 
 
@@ -62,7 +62,7 @@ def test_passing_failures_are_waited_for(tmp_path: Path, server: ChatServer, key
         75: ["empty", "ok"],
         76: ["loop", "ok"],
     }
-    report = caption(table, config(server, api_key_env=key))
+    report = caption(table, config(server, api_key_env=key, timeout_s=1.2))
     assert (report.done, report.failed) == (5, 0), report.first_error
     rows = rows_of(table)
     for width, row in zip(range(72, 77), rows, strict=True):
