@@ -13,7 +13,8 @@ DATA = "data_fingerprint"
 FREE_KEYS = (
     *("output", "model.path", "data.path", "data.workers", "data.micro_batch_size", "checkpoint"),
     *("data.revision", "data.streaming", "data.stream_keep_gb"),
-    *("precision.device", "ema.device", "ema.hand_over", "validation.stop"),
+    *("precision.device", "precision.deterministic", "ema.device"),
+    *("ema.hand_over", "validation.stop"),
     *("cache.latents", "cache.text", "cache.path"),
     *("sampling", "tracking", "distributed"),
 )

@@ -11,6 +11,7 @@ import torch
 
 from sdprep.errors import UserError
 from sdtrain import checkpoint
+from sdtrain.deterministic import what_is_missing
 from sdtrain.disk import is_full
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def explained(run: Run) -> Iterator[None]:
     """Turn what the machine lacks into a message that says so.
 
     Raises:
-        UserError: in place of an out-of-memory error or a full disk; other errors pass.
+        UserError: in place of an out-of-memory error, a full disk or a kernel that is not
+            deterministic; other errors pass.
     """
     try:
         yield
@@ -43,6 +45,13 @@ def explained(run: Run) -> Iterator[None]:
                 f"the disk of {run.folder.path} is full after {run.samples_seen:,} samples: "
                 f"{error}",
                 f"Free some space. {newest_checkpoint(run.folder.checkpoints)}",
+            ) from error
+        missing = what_is_missing(error)
+        if missing is not None:
+            raise UserError(
+                f"precision.deterministic = true, and {run.setup.device} can compute {missing} "
+                "only in an order that varies",
+                "Set precision.deterministic = false. " + newest_checkpoint(run.folder.checkpoints),
             ) from error
         raise
 

@@ -42,6 +42,9 @@ class PrecisionSection(Section):
     device: str = Field(
         "auto", description="cuda, cuda:1, mps or cpu; auto takes the best and says which."
     )
+    deterministic: bool = Field(
+        False, description="The same bits again on the same GPU, more slowly; a CPU's always are."
+    )
 
     @field_validator("parameters", mode="before")
     @classmethod

@@ -17,6 +17,7 @@ import torch
 from sdprep.console import progress, say, talk
 from sdtrain import checkpoint, page, resolution, sampling, stable_eval, wording
 from sdtrain.course import BEST, Course, followed, look_back, point_to_best
+from sdtrain.deterministic import deterministic
 from sdtrain.failures import explained
 from sdtrain.hand_over import hand_over
 from sdtrain.loader import load
@@ -77,11 +78,15 @@ def train(
     """
     folder = RunFolder(recipe.output)
     world.on_main(folder.require_ours)
-    setup = world.everywhere(lambda: open_setup(recipe, world))
-    talk.print(setup.plan.table(), markup=False, soft_wrap=True)
-    worst, where = setup.worst_step_ratio
-    say(f"from one step to the next the rate changes by ×{worst:.4g} at most, at {where:,} samples")
     with ExitStack() as stack:
+        stack.enter_context(deterministic(recipe.precision.deterministic))
+        setup = world.everywhere(lambda: open_setup(recipe, world))
+        talk.print(setup.plan.table(), markup=False, soft_wrap=True)
+        worst, where = setup.worst_step_ratio
+        say(
+            f"from one step to the next the rate changes by ×{worst:.4g} at most, at {where:,} "
+            "samples"
+        )
         world.on_main(lambda: stack.enter_context(folder.writing()))
         stop = stack.enter_context(StopRequest())
         run = begin(setup, folder, resume=resume, accept=accept)

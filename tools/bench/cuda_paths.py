@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 from sdtrain.averages import Ema, EmaSection  # noqa: E402
 from sdtrain.batch import Batch, MicroConditioning  # noqa: E402
 from sdtrain.compiling import CompileSection, blocks, compile_blocks, require_compiler  # noqa: E402
+from sdtrain.deterministic import WORKSPACES, deterministic  # noqa: E402
 from sdtrain.freezing import Rule, build_plan  # noqa: E402
 from sdtrain.losses.mse import mse  # noqa: E402
 from sdtrain.noise import noise_for, stratified_u  # noqa: E402
@@ -56,12 +58,17 @@ class Way:
     checkpointing: bool = False
     compiled: bool = False
     ema: str | None = None
+    deterministic: bool = False
     rank: int | None = None
 
 
 BASELINE = "bf16 autocast, fused AdamW"
+AGAIN = ", again"
 WAYS = (
     Way(BASELINE),
+    Way(BASELINE + AGAIN),
+    Way("deterministic kernels", deterministic=True),
+    Way("deterministic kernels" + AGAIN, deterministic=True),
     Way("AdamW, not fused", settings={"fused": False}),
     Way("gradient checkpointing", checkpointing=True),
     Way("fp16 autocast with scaler", autocast="fp16"),
@@ -119,6 +126,7 @@ def main() -> None:
     parser.add_argument("--backend", help="of torch.compile; default: inductor, tiny: aot_eager")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on a CPU")
     asked = parser.parse_args()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES)  # read once, for all ways
     began = time.perf_counter()
     bench = open_bench(asked.tiny, asked.micro, asked.backend)
     results: list[dict[str, Any]] = []
@@ -150,7 +158,7 @@ def open_bench(is_tiny: bool, count: int, backend: str | None) -> Bench:
         from sdtrain.families.sdxl import Config, StableDiffusionXL
 
         with torch.device(device):
-            family = StableDiffusionXL(networks(), Config(), "bf16")
+            family = StableDiffusionXL(networks(device), Config(), "bf16")
         family.to(device)
     side = family.default_resolution_px
     pixels = torch.nn.functional.interpolate(
@@ -176,7 +184,7 @@ def tried(bench: Bench, way: Way, steps: int) -> dict[str, Any]:
     """The result of one way, or why there is none."""
     found: dict[str, Any] = {"way": way.name}
     try:
-        with prepared(bench, way) as plan:
+        with deterministic(way.deterministic), prepared(bench, way) as plan:
             found |= measured(bench, way, plan, steps)
     except Exception as error:  # one way must not lose the others
         found["error"] = f"{type(error).__name__}: {str(error).strip()[:600]}"
@@ -265,8 +273,18 @@ def measured(bench: Bench, way: Way, plan: Any, steps: int) -> dict[str, Any]:
         "peak_gb": round(peak / GIGABYTE, 2),
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "losses": [float(loss) for loss in losses],
+        "checksum": checksum(trained.values()),
         "settings": {k: v for k, v in asdict(way).items() if k != "name" and v},
     }
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """A number that differs if any bit of any weight does, almost surely."""
+    found = 0
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(torch.int16)
+        found = (31 * found + int(bits.sum(dtype=torch.int64))) % 2**61
+    return found
 
 
 def wait(bench: Bench) -> None:
@@ -283,6 +301,9 @@ def compare(results: Sequence[dict[str, Any]]) -> None:
             continue
         pairs = list(zip(found["losses"], base["losses"], strict=True))
         found["ratio"] = round(found["seconds_per_step"] / base["seconds_per_step"], 3)
+        if found["way"].endswith(AGAIN):
+            first = next(r for r in results if r["way"] == found["way"].removesuffix(AGAIN))
+            found["same_bits"] = found["checksum"] == first.get("checksum")
         found["first_loss_difference"] = abs(pairs[0][0] / pairs[0][1] - 1)
         found["largest_loss_difference"] = max(abs(a / b - 1) for a, b in pairs)
 
@@ -314,6 +335,10 @@ def write(to: Path, bench: Bench, results: Sequence[dict[str, Any]], asked: Any)
             f"{found['peak_gb']:.1f} | {found['losses'][0]:.5f} | "
             f"{found.get('largest_loss_difference', float('nan')):.2e} |"
         )
+    for found in results:
+        if "same_bits" in found:
+            same = "the same" if found["same_bits"] else "other"
+            lines.append(f"\n{found['way']}: {same} bits in all weights at the end.")
     facts = ", ".join(f"{key} {value}" for key, value in about.items())
     page = "# Ways of training SDXL's UNet, random weights\n\n" + f"{facts}\n\n"
     (to / "cuda_paths.md").write_text(page + "\n".join(lines) + "\n", encoding="utf-8")
