@@ -1,4 +1,4 @@
-"""The same bits again on the same GPU, for the price of some speed.
+"""The same bits again on the same GPU.
 
 A CPU adds in one order anyway. On a GPU, some kernels let threads add in whatever order they come,
 and cuBLAS and cuDNN choose among algorithms as they see fit; all three can be told not to.

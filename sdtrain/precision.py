@@ -43,7 +43,7 @@ class PrecisionSection(Section):
         "auto", description="cuda, cuda:1, mps or cpu; auto takes the best and says which."
     )
     deterministic: bool = Field(
-        False, description="The same bits again on the same GPU, more slowly; a CPU's always are."
+        False, description="The same bits again on the same GPU; a CPU always gives them."
     )
 
     @field_validator("parameters", mode="before")
