@@ -40,6 +40,8 @@ _RULES = "".join(
 _DARK = f"<style>@media (prefers-color-scheme: dark){{{_RULES}}}</style>".encode()
 """A picture follows its reader's colours by itself: matplotlib writes colours into `style`."""
 _SIZE_INCHES = (5.4, 3.3)
+ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 2}
+"""Where a legend covers nothing, whatever the curve does."""
 _FEW_POINTS = 40
 
 Line = dict[str, Any]
@@ -140,7 +142,7 @@ def change_figure(lines: Sequence[Line], limits: tuple[float, float]) -> str:
         axes.axhline(0, color=DIM, lw=1, ls=(0, (4, 3)))
         axes.set_ylim(limits)
         axes.set_ylabel("change of the loss, %")
-        axes.legend(loc="best")
+        axes.legend(**ABOVE)
         _clock_axis(axes, clock)
 
     return _figure(draw)
@@ -177,7 +179,7 @@ def bins_figure(latest: Mapping[str, Line]) -> str:
         axes.set_xlabel("noise level u (0: clean picture, 1: pure noise)")
         axes.set_ylabel("change since the start, %")
         if len(latest) > 1:
-            axes.legend(loc="best")
+            axes.legend(**ABOVE)
 
     return _figure(draw)
 
