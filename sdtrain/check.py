@@ -54,7 +54,8 @@ def describe(setup: Setup, num_processes: int = 1) -> dict[str, Any]:
         setup: the run.
         num_processes: how many would train it together.
     """
-    slots = _first_slots(setup)
+    slots, chunks = _first_slots(setup), _chunks(setup)
+    longest = max((int(count) for count in chunks["rows_by_chunks"]), default=1)
     return {
         "recipe": setup.recipe.resolved(),
         "versions": versions(),
@@ -64,7 +65,7 @@ def describe(setup: Setup, num_processes: int = 1) -> dict[str, Any]:
         "model": _model(setup),
         "data": _data(setup),
         "buckets": _buckets(setup.data.train, setup.train, setup.recipe.data.run_samples),
-        "chunks": _chunks(setup),
+        "chunks": chunks,
         "freeze": {
             "rows": [row.__dict__ for row in setup.plan.rows],
             "notes": setup.plan.notes,
@@ -76,7 +77,7 @@ def describe(setup: Setup, num_processes: int = 1) -> dict[str, Any]:
         "cache": census(setup),
         "conflicts": _conflicts(setup),
         "dropped": _dropped(setup),
-        "memory": memory(setup),
+        "memory": memory(setup, longest),
         "device_bytes": device_bytes(setup.device),
         "checkpoint_bytes": checkpoint_bytes(setup),
         "prompts": _prompts(setup, slots[:SHOWN_PROMPTS]),

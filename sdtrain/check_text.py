@@ -220,20 +220,30 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _memory(found: Mapping[str, Any]) -> list[str]:
-    memory = {name: _size(value) for name, value in found["memory"].items()}
-    needed, device = found["memory"]["total_without_activations"], found["device_bytes"]
-    saved, kept = found["checkpoint_bytes"], found["recipe"]["checkpoint"]["keep"]
+    memory, device = found["memory"], found["device_bytes"]
+    names = ("weights", "gradients", "optimizer", "ema", "activations")
+    sizes = [(n.replace("ema", "averages"), memory[n]) for n in names if memory[n] is not None]
+    needed = memory["total"] or memory["total_without_activations"]
+    forward = memory["largest_forward"]
     lines = [
-        f"weights {memory['weights']} + gradients {memory['gradients']} + optimizer "
-        f"{memory['optimizer']} + averages {memory['ema']} = "
-        f"{memory['total_without_activations']}, and activations on top",
+        f"{' + '.join(f'{name} {_size(value)}' for name, value in sizes)} = {_size(needed)}",
+        f"the largest forward: {_count(forward['samples'], 'sample')} of {forward['width']}x"
+        f"{forward['height']}, {_count(forward['chunks'], 'chunk')}",
+    ]
+    if memory["total"] is None:
+        lines.append(f"activations come on top: unknown ({memory['why_no_activations']})")
+    if device is not None:
+        lines.append(f"{found['device']} has {_size(device)}")
+        if needed > device:
+            lines.append(
+                "WARNING: that does not fit; set model.gradient_checkpointing, lower "
+                "data.micro_batch_size, train fewer parts, or an adapter"
+            )
+    saved, kept = found["checkpoint_bytes"], found["recipe"]["checkpoint"]["keep"]
+    return [
+        *lines,
         f"one checkpoint takes about {_size(saved)}, the newest {kept} about {_size(kept * saved)}",
     ]
-    if device is not None:
-        lines.insert(1, f"{found['device']} has {_size(device)}")
-        if needed > device:
-            lines.insert(2, "WARNING: that does not fit; train fewer parts, or an adapter")
-    return lines
 
 
 def _prompts(prompts: Sequence[Mapping[str, Any]]) -> list[str]:

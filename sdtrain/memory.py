@@ -1,11 +1,13 @@
-"""How much memory and disk a run takes, as far as it is known without a forward."""
+"""How much memory and disk a run takes, before anything is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from sdtrain.activations import Forward, working_bytes
 from sdtrain.setup import Setup
 
 FLOAT32_BYTES = 4
@@ -13,10 +15,18 @@ USUAL_STATE_COPIES = 2
 """Of an optimizer that does not say: a running mean and a running square in float32."""
 
 
-def memory(setup: Setup) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer and averages; activations come on top.
+def memory(setup: Setup, chunks: int) -> dict[str, Any]:
+    """Bytes of weights, gradients, optimizer, averages and of what the largest step adds to them.
 
     With phases, gradients and optimizer state are those of the phase that needs most of them.
+
+    Args:
+        setup: the run.
+        chunks: of the longest prompt.
+
+    Returns:
+        `activations` and `total` are None where the model cannot be run without numbers, and
+        `why_no_activations` says what it said then.
     """
     networks = setup.family.parts.values()
     weights = sum(p.numel() * p.element_size() for part in networks for p in part.parameters())
@@ -29,7 +39,33 @@ def memory(setup: Setup) -> dict[str, int]:
     }
     if setup.recipe.precision.rule == "kahan":
         parts["weights"] += _trained(setup)  # what rounding leaves over, in the same format
-    return {**parts, "total_without_activations": sum(parts.values())}
+    known, forward = sum(parts.values()), largest_forward(setup, chunks)
+    found = {**parts, "total_without_activations": known, "largest_forward": vars(forward)}
+    try:
+        working = working_bytes(setup.family, setup.loss(), forward)
+    except Exception as error:  # somebody else's model or adapter may look at its numbers
+        why = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        return {**found, "activations": None, "total": None, "why_no_activations": why}
+    activations = max(0, working - parts["gradients"])
+    total = known + activations
+    return {**found, "activations": activations, "total": total, "why_no_activations": None}
+
+
+def largest_forward(setup: Setup, chunks: int) -> Forward:
+    """The largest bucket that has images, full, with the longest prompts."""
+    data, cache = setup.recipe.data, setup.recipe.cache
+    sides = [setup.train] if setup.prior is None else [setup.train, setup.prior.assignment]
+    used = [side.buckets[at] for side in sides for at in sorted({*side.bucket_of.tolist()})]
+    largest = max(used, key=lambda bucket: (bucket.width * bucket.height, bucket.height))
+    samples = min(data.micro_batch_size, data.batch_size, data.run_samples)
+    return Forward(
+        height=largest.height,
+        width=largest.width,
+        samples=samples,
+        chunks=chunks,
+        pictures=min(samples, cache.vae_batch),
+        is_repeated=data.batch_size > samples,
+    )
 
 
 def checkpoint_bytes(setup: Setup) -> int:
