@@ -283,7 +283,7 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
     wanted = setup.recipe.validation
     every = setup.every_samples(wanted.every_samples, 40)
     validation = 0 if setup.validation is None else len(setup.validation.kept)
-    images = {
+    images: dict[str, int] = {
         "validation": min(wanted.images, validation),
         "train_probe": min(wanted.train_probe_images, len(setup.train.kept)),
     }
@@ -292,7 +292,7 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
     per_image = {
         name: (16 if count < 16 else 4)
         if wanted.timesteps_per_image == "auto"
-        else wanted.timesteps_per_image
+        else int(wanted.timesteps_per_image)
         for name, count in images.items()
     }
     forwards = {name: images[name] * per_image[name] for name in images}

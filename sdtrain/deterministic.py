@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -29,22 +30,23 @@ def deterministic(is_wanted: bool) -> Iterator[None]:
     if not is_wanted:
         yield
         return
+    memory: Any = torch.utils.deterministic  # it sets its attribute by a property
     kept = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        memory.fill_uninitialized_memory,
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
     )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # only slower
+    memory.fill_uninitialized_memory = False  # only slower
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
-        torch.utils.deterministic.fill_uninitialized_memory = kept[2]
+        memory.fill_uninitialized_memory = kept[2]
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept[3:]
 
 

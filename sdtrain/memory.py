@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from sdtrain.activations import Forward, working_bytes
@@ -55,7 +56,7 @@ def largest_forward(setup: Setup, chunks: int) -> Forward:
     """The largest bucket that has images, full, with the longest prompts."""
     data, cache = setup.recipe.data, setup.recipe.cache
     sides = [setup.train] if setup.prior is None else [setup.train, setup.prior.assignment]
-    used = [side.buckets[at] for side in sides for at in sorted({*side.bucket_of.tolist()})]
+    used = [side.buckets[at] for side in sides for at in np.unique(side.bucket_of)]
     largest = max(used, key=lambda bucket: (bucket.width * bucket.height, bucket.height))
     samples = min(data.micro_batch_size, data.batch_size, data.run_samples)
     return Forward(
