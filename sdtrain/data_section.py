@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +11,7 @@ from sdprep.recipe import Section
 from sdtrain.pixels import CropRule
 
 STREAM_KEEP_GB = 20.0
+USUAL_MICRO_BATCH = 4
 
 
 class DataSection(Section):
@@ -50,7 +52,11 @@ class DataSection(Section):
     batch_size: int = Field(
         16, gt=0, description="Samples per optimizer step, over all GPUs and accumulation."
     )
-    micro_batch_size: int = Field(4, gt=0, description="Samples per forward on one GPU.")
+    micro_batch_size: int = Field(
+        USUAL_MICRO_BATCH,
+        gt=0,
+        description="Samples per forward on one GPU; default: 4, or batch_size if that is less.",
+    )
     run_samples: int = Field(
         8, gt=0, description="Samples of one size and text length that follow each other."
     )
@@ -71,6 +77,16 @@ class DataSection(Section):
         0.0, ge=0.0, le=1.0, description="Probability of a mirrored image, training only."
     )
     workers: int = Field(2, ge=0, le=256, description="Processes that load images; 0: none.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _micro_follows(cls, data: Any) -> Any:
+        """A small batch needs no second key to be said."""
+        if not isinstance(data, Mapping) or "micro_batch_size" in data:
+            return data
+        batch = data.get("batch_size")
+        is_small = type(batch) is int and 0 < batch < USUAL_MICRO_BATCH
+        return {**data, "micro_batch_size": batch} if is_small else data
 
     @model_validator(mode="after")
     def _micro_fits(self) -> DataSection:

@@ -78,6 +78,19 @@ def test_what_does_not_fit_is_refused(
     assert words in failing(train_recipe(), override)
 
 
+@pytest.mark.parametrize(("batch", "micro"), [(1, 1), (3, 3), (4, 4), (16, 4)])
+def test_a_small_batch_needs_no_second_key(
+    tmp_path: Path, train_recipe: Callable[..., Path], batch: int, micro: int
+) -> None:
+    lines = train_recipe().read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith(("micro_batch_size", "batch_size"))]
+    path = tmp_path / "small.toml"
+    path.write_text("\n".join(kept).replace("[data]", f"[data]\nbatch_size = {batch}"), "utf-8")
+    assert load_train_recipe(path).data.micro_batch_size == micro
+    assert load_train_recipe(path).resolved()["data"]["micro_batch_size"] == micro
+    assert "must not exceed" in failing(path, f"data.micro_batch_size={batch + 1}")
+
+
 def test_a_missing_recipe_and_broken_toml_are_user_errors(tmp_path: Path) -> None:
     assert "there is no recipe" in failing(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("seed = = 1", encoding="utf-8")
