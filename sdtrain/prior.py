@@ -77,6 +77,10 @@ class Prior:
         rows, caption = self.data.train, self.section.caption
         return rows if caption is None else OneCaption(rows, caption)
 
+    def num_samples(self, samples_seen: int) -> int:
+        """How many of the first samples of the stream are of the prior."""
+        return int(samples_seen * Fraction(str(self.section.fraction)))
+
     def order(
         self, train: GlobalOrder, *, num_train: int, seed: int, run_samples: int, family: Family
     ) -> PriorOrder:

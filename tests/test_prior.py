@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from sdprep.errors import DataError
+from sdtrain.cache.census import census
+from sdtrain.cache.fill import fill
+from sdtrain.cache.store import EntryStore
+from sdtrain.cache.verify import verify
 from sdtrain.check import describe
 from sdtrain.check_text import check_text
 from sdtrain.conditions import changes
@@ -138,3 +142,29 @@ def test_a_prior_is_read_from_the_cache_as_well(train_recipe: Recipe, class_imag
     plain = opened(train_recipe(output="plain"), class_images, "data.crop='centre'")
     alone = Run(plain, RunFolder(plain.recipe.output))
     assert line["loss"] == take_step(alone, next(steps(alone)))["loss"]
+
+
+def test_the_cache_is_filled_for_the_prior_too(
+    train_recipe: Recipe, class_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("cache.latents=true", "cache.text=true", "data.cached_crops=2", "train.samples=40")
+    settings += ("data.flip_prob=0.5", "prior.fraction=0.3", "prior.caption='a dog'")
+    settings += ("prompt.score.position=none",)
+    setup = opened(train_recipe(), class_images, *settings)
+    found = census(setup)
+    assert found is not None
+    assert found["rows"] == found["of"] == 14 + 4
+    done = fill(setup)
+    assert done["latents"]["encoded"] == found["latents"]["wanted"]
+    found = census(setup)
+    assert found is not None
+    assert found["latents"]["found"] == done["latents"]["wanted"]
+    labels = {each.label for each in EntryStore(Path(done["path"]) / "latents.lance").scan()}
+    assert len(labels) == 18
+    assert sum(label.startswith(PREFIX) for label in labels) == 4
+    again = opened(train_recipe(), class_images, *settings)
+    for method in ("posterior", "encode_prompts"):  # all that the run asks for is there
+        monkeypatch.setattr(again.family, method, None)
+    for micro in again.micro_batches():
+        again.encoder.encoded(again.reader(stored=True).batch(micro.slots, micro.u))
+    assert verify(setup)["latents"]["encoded_again"] == 16
