@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sdtrain.recipe import DataSection
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description", "sentence", "label_text")
+NO_TEXT = "no text"
+"""Column of empty texts that stands in where a set has none and needs none."""
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 _SCAN_ROWS = 64
 _DIGEST_ROWS = 65_536
@@ -195,8 +197,13 @@ def _missing(path: str, why: str) -> DataError:
     )
 
 
-def open_splits(section: DataSection, *, is_published: bool) -> Splits:
+def open_splits(section: DataSection, *, is_published: bool, needs_text: bool = True) -> Splits:
     """Open the splits of a data set.
+
+    Args:
+        section: the recipe's.
+        is_published: whether its rows are as `sdprep publish` writes them.
+        needs_text: whether a set that is not published must have a column of texts.
 
     Raises:
         DataError: it cannot be read, or its columns cannot be told apart.
@@ -212,11 +219,13 @@ def open_splits(section: DataSection, *, is_published: bool) -> Splits:
         columns: tuple[str, str | None] = ("image", None)
         _require_prepared(loaded["train"], section.path)
     else:
-        columns = _columns(loaded["train"], section, notes)
+        columns = _columns(loaded["train"], section, notes, needs_text)
+        if columns[1] == NO_TEXT:
+            loaded = {name: s.add_column(NO_TEXT, [""] * len(s)) for name, s in loaded.items()}
         ignored = [name for name in loaded if name not in names]
         if ignored:
             notes.append(f"splits not used: {', '.join(ignored)}")
-    rows = [_open_split(loaded[name], name, columns, notes) for name in names]
+    rows = [_open_split(loaded[name], name, columns, notes, needs_text) for name in names]
     revision = section.revision or _revision(loaded["train"])
     return Splits(rows[0], rows[1] if len(rows) > 1 else None, revision, notes)
 
@@ -279,7 +288,9 @@ def _require_prepared(dataset: Dataset, path: str) -> None:
         )
 
 
-def _columns(dataset: Dataset, section: DataSection, notes: list[str]) -> tuple[str, str]:
+def _columns(
+    dataset: Dataset, section: DataSection, notes: list[str], needs_text: bool
+) -> tuple[str, str]:
     """Which column holds pictures and which holds text; what is guessed is noted."""
     from datasets import Image as ImageFeature
 
@@ -287,8 +298,17 @@ def _columns(dataset: Dataset, section: DataSection, notes: list[str]) -> tuple[
     pictures = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
     image = _column(section.image_column, "image_column", pictures, ("image",), features)
     texts = [name for name, kind in features.items() if _is_text(kind)]
-    caption = _column(section.caption_column, "caption_column", texts, CAPTION_COLUMNS, features)
-    if section.image_column is None or section.caption_column is None:
+    try:
+        caption = _column(
+            section.caption_column, "caption_column", texts, CAPTION_COLUMNS, features
+        )
+    except DataError:
+        if needs_text:
+            raise
+        caption = NO_TEXT
+    if not needs_text:
+        notes.append(f"pictures are taken from column {image}")
+    elif section.image_column is None or section.caption_column is None:
         notes.append(f"pictures are taken from column {image}, texts from column {caption}")
     return image, caption
 
@@ -324,7 +344,11 @@ def _column(
 
 
 def _open_split(
-    dataset: Dataset, name: str, columns: tuple[str, str | None], notes: list[str]
+    dataset: Dataset,
+    name: str,
+    columns: tuple[str, str | None],
+    notes: list[str],
+    needs_text: bool,
 ) -> HubRows:
     from datasets import Image as ImageFeature
 
@@ -342,7 +366,7 @@ def _open_split(
     else:
         _scan(rows, name)
         silent = sum(record["caption"] is None for record in rows.records(range(len(rows))))
-        if silent:
+        if silent and needs_text:
             notes.append(f"{silent} of {len(rows)} rows of {name} have no text: empty prompt")
     return rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdprep.errors import DataError
+from sdprep.errors import DataError, RecipeError
 from sdtrain.cache.census import census
 from sdtrain.cache.fill import fill
 from sdtrain.cache.store import EntryStore
@@ -28,7 +28,7 @@ from sdtrain.setup import Setup, open_setup
 from sdtrain.step import denoising_loss
 from sdtrain.trainer import steps
 from sdtrain.update import take_step
-from tests.train_data import prepared_row, write_prepared
+from tests.train_data import prepared_row, small_jpeg, write_prepared
 
 Recipe = Callable[..., Path]
 
@@ -168,3 +168,30 @@ def test_the_cache_is_filled_for_the_prior_too(
     for micro in again.micro_batches():
         again.encoder.encoded(again.reader(stored=True).batch(micro.slots, micro.u))
     assert verify(setup)["latents"]["encoded_again"] == 16
+
+
+def test_bare_pictures_with_one_caption_will_do(
+    train_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for number in range(3):
+        (bare / f"{number}.jpg").write_bytes(small_jpeg(number + 60, (96, 96)))
+    setup = opened(train_recipe(), bare, "prior.caption='a dog'", "prompt.dropout_p=0.0")
+    slots = islice(setup.order.slots(), 22)
+    texts = {slot.text.prompt for slot in slots if slot.sample_id.startswith(PREFIX)}
+    assert "a dog" in texts
+    assert texts <= {"a dog", ""}  # the prior's own policy drops some
+    said = capsys.readouterr().err
+    assert "prior: pictures are taken from column image" in said
+    assert "no text" not in said
+    with pytest.raises(DataError, match="cannot tell which column holds the text") as caught:
+        opened(train_recipe(), bare)
+    assert caught.value.hint == 'Name it: prior.caption_column = "…".'
+
+
+def test_mistakes_in_the_prior_are_called_so(train_recipe: Recipe, class_images: Path) -> None:
+    with pytest.raises(DataError, match=r"^prior\.path = '/nowhere/data\.path'"):
+        opened(train_recipe(), Path("/nowhere/data.path"))
+    with pytest.raises(RecipeError, match="keep one"):
+        opened(train_recipe(), class_images, "prior.caption=a", "prior.caption_column=b")
