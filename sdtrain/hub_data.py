@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from sdprep.console import progress, talk
-from sdprep.errors import DataError, nearest
+from sdprep.errors import DataError
 from sdprep.images import ImageRejected, open_image
 from sdprep.schema import MANIFEST, read_manifest
 from sdprep.seeding import digest
 from sdtrain.dataset import Splits
+from sdtrain.hub_columns import NO_TEXT, columns_of
 from sdtrain.ids import Ids
 from sdtrain.repeats import whole_repeats
 from sdtrain.text_columns import RECORD_COLUMNS, canonical, digest_sum, total
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
     from sdtrain.recipe import DataSection
 
-CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description", "sentence", "label_text")
-NO_TEXT = "no text"
-"""Column of empty texts that stands in where a set has none and needs none."""
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 _SCAN_ROWS = 64
 _DIGEST_ROWS = 65_536
@@ -219,7 +217,7 @@ def open_splits(section: DataSection, *, is_published: bool, needs_text: bool = 
         columns: tuple[str, str | None] = ("image", None)
         _require_prepared(loaded["train"], section.path)
     else:
-        columns = _columns(loaded["train"], section, notes, needs_text)
+        columns = columns_of(loaded["train"], section, notes, needs_text)
         if columns[1] == NO_TEXT:
             loaded = {name: s.add_column(NO_TEXT, [""] * len(s)) for name, s in loaded.items()}
         ignored = [name for name in loaded if name not in names]
@@ -286,61 +284,6 @@ def _require_prepared(dataset: Dataset, path: str) -> None:
             f"{', '.join(dataset.column_names)}",
             "Publish the data set again with sdprep.",
         )
-
-
-def _columns(
-    dataset: Dataset, section: DataSection, notes: list[str], needs_text: bool
-) -> tuple[str, str]:
-    """Which column holds pictures and which holds text; what is guessed is noted."""
-    from datasets import Image as ImageFeature
-
-    features = dataset.features
-    pictures = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
-    image = _column(section.image_column, "image_column", pictures, ("image",), features)
-    texts = [name for name, kind in features.items() if _is_text(kind)]
-    try:
-        caption = _column(
-            section.caption_column, "caption_column", texts, CAPTION_COLUMNS, features
-        )
-    except DataError:
-        if needs_text:
-            raise
-        caption = NO_TEXT
-    if not needs_text:
-        notes.append(f"pictures are taken from column {image}")
-    elif section.image_column is None or section.caption_column is None:
-        notes.append(f"pictures are taken from column {image}, texts from column {caption}")
-    return image, caption
-
-
-def _is_text(kind: Any) -> bool:
-    from datasets import List, Value
-
-    inner = kind.feature if isinstance(kind, List) else kind
-    return isinstance(inner, Value) and inner.dtype in ("string", "large_string")
-
-
-def _column(
-    named: str | None, option: str, fitting: list[str], usual: Sequence[str], features: Any
-) -> str:
-    what = "pictures" if option == "image_column" else "text"
-    if named is not None:
-        if named in fitting:
-            return named
-        if named in features:
-            raise DataError(f"data.{option} = {named!r} holds no {what}: {features[named]}")
-        near = nearest(named, fitting)
-        hint = f"Did you mean {near}?" if near else f"There are: {', '.join(features)}."
-        raise DataError(f"data.{option} = {named!r} is no column of the data set", hint)
-    likely = [name for name in usual if name in fitting] or fitting
-    if not likely or (len(likely) > 1 and likely[0] not in usual):
-        kinds = {name: getattr(kind, "dtype", kind) for name, kind in features.items()}
-        found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise DataError(
-            f"cannot tell which column holds the {what}; the data set has: {found}",
-            f'Name it: data.{option} = "…".',
-        )
-    return likely[0]
 
 
 def _open_split(
