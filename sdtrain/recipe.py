@@ -55,6 +55,12 @@ class MaskSection(Section):
             raise ValueError('"*" stands for all labels; leave out the others')
         return value
 
+    @model_validator(mode="after")
+    def _masks_something(self) -> MaskSection:
+        if not self.boxes and (self.weight or not self.normalise):
+            raise ValueError("weight and normalise do nothing without boxes; name their labels")
+        return self
+
     def build(self) -> LossMasks | None:
         """The masks; None where there are none."""
         return LossMasks(self.boxes, self.weight, self.normalise) if self.boxes else None
