@@ -118,6 +118,7 @@ def open_data(
     *,
     with_boxes: bool = False,
     needs_split: bool = True,
+    needs_text: bool = True,
 ) -> TrainingData:
     """Open a data set.
 
@@ -127,6 +128,7 @@ def open_data(
         with_boxes: whether `Rows.boxes` will be asked; reading them takes memory.
         needs_split: whether a curated table must say which images are held out; the pictures of a
             prior need not.
+        needs_text: whether there must be a text for each picture.
 
     Raises:
         DataError: it is missing, of an unknown schema version, has no pictures or texts, or is a
@@ -156,8 +158,11 @@ def open_data(
         elif manifest and prepared_data.shards(path, "train"):
             splits = prepared_data.open_prepared(path, with_boxes=with_boxes)
         else:
-            splits = hub_data.open_splits(section, is_published=bool(manifest))
+            splits = hub_data.open_splits(
+                section, is_published=bool(manifest), needs_text=needs_text
+            )
         origin = f"{'prepared' if manifest else 'Hugging Face'} data set {section.path}"
+    splits.notes += _unused(section, is_prepared=manifest is not None or origin.startswith("cur"))
     if splits.validation is not None:
         _keep_apart(splits, is_published=bool(manifest))
     together = fingerprint(splits.train, splits.validation)
@@ -210,6 +215,17 @@ def _overrides(prompt: PromptPolicy) -> str:
     """What the recipe's own section says of the policy, in words."""
     changed = sorted(prompt.model_dump(exclude_unset=True, by_alias=True))
     return f"; the recipe's [prompt] sets {', '.join(changed)}" if changed else ""
+
+
+def _unused(section: DataSection, *, is_prepared: bool) -> list[str]:
+    """What the section says to no effect, in words."""
+    found = []
+    for key in ("image_column", "caption_column") if is_prepared else ():
+        if value := getattr(section, key):
+            found.append(f"{key} = {value!r} is not used: columns of a prepared set are known")
+    if section.revision is not None and Path(section.path).exists():
+        found.append(f"revision = {section.revision!r} is not used: {section.path} is on this disk")
+    return found
 
 
 def _keep_apart(splits: Splits, *, is_published: bool) -> None:

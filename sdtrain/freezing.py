@@ -37,11 +37,12 @@ class RuleLike(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that does not come from a recipe."""
+    """A rule that does not come from a recipe; `origin` says what it comes from instead."""
 
     match: str
     lr: float | None = None
     freeze: bool = False
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ def build_plan(
             f"train: {error.reason}",
             error.hint,
         ) from None
+    _require_every_rule(adapter, base, decisions, trained)
     if not trained:
         raise UserError(
-            "nothing would train: every parameter is frozen",
+            "\n  ".join(["nothing would train: every parameter is frozen", *notes]),
             'Give train.rules a rule with a rate, such as { match = "unet.**", lr = 1e-6 }.',
         )
-    _require_every_rule(adapter, base, decisions, trained)
     for entry in trained.values():
         entry.parameter.requires_grad_(True)
     set_modes(family.parts)
@@ -139,7 +140,9 @@ def expand_rules(
                 f"train.preset = {preset!r} only says what is frozen",
                 "Set train.lr, the learning rate of the rest.",
             )
-        expanded += [Rule(glob, freeze=True) for glob in family.presets[preset]]
+        expanded += [
+            Rule(glob, freeze=True, origin=f"preset {preset}") for glob in family.presets[preset]
+        ]
     return [*expanded, *rules]
 
 
@@ -156,19 +159,23 @@ def _decide(
     for order, rule in enumerate(rules):
         hits = [path for path in candidates if describes(rule.match, path)]
         if not hits:
-            raise _matches_nothing(family, rule.match, candidates)
+            origin = getattr(rule, "origin", "") or "train"
+            raise _matches_nothing(family, rule.match, candidates, origin)
         rate = 0.0 if rule.freeze else float(rule.lr or 0.0) * lr_factor
         decisions.update(dict.fromkeys(hits, Decision(rule.match, order, rate)))
     return decisions
 
 
-def _matches_nothing(family: Family, glob: str, candidates: Sequence[str]) -> UserError:
+def _matches_nothing(
+    family: Family, glob: str, candidates: Sequence[str], origin: str
+) -> UserError:
     part = glob.split(".")[0]
     if part in family.parts and part not in family.trainable_parts:
         hint = f"{part} never trains; there are: {', '.join(family.trainable_parts)}."
     else:
         hint = f"Nearest: {', '.join(nearest_paths(glob, candidates))}."
-    return UserError(f"train rule {glob!r} matches no parameter of this {family.name} model", hint)
+    message = f"{origin} rule {glob!r} matches no parameter of this {family.name} model"
+    return UserError(message, hint)
 
 
 def _require_every_rule(

@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from sdprep.console import progress, talk
-from sdprep.errors import DataError, nearest
+from sdprep.errors import DataError
 from sdprep.images import ImageRejected, open_image
 from sdprep.schema import MANIFEST, read_manifest
 from sdprep.seeding import digest
 from sdtrain.dataset import Splits
+from sdtrain.hub_columns import NO_TEXT, columns_of
 from sdtrain.ids import Ids
 from sdtrain.repeats import whole_repeats
 from sdtrain.text_columns import RECORD_COLUMNS, canonical, digest_sum, total
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from sdtrain.recipe import DataSection
 
-CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description", "sentence", "label_text")
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 _SCAN_ROWS = 64
 _DIGEST_ROWS = 65_536
@@ -195,8 +195,13 @@ def _missing(path: str, why: str) -> DataError:
     )
 
 
-def open_splits(section: DataSection, *, is_published: bool) -> Splits:
+def open_splits(section: DataSection, *, is_published: bool, needs_text: bool = True) -> Splits:
     """Open the splits of a data set.
+
+    Args:
+        section: the recipe's.
+        is_published: whether its rows are as `sdprep publish` writes them.
+        needs_text: whether a set that is not published must have a column of texts.
 
     Raises:
         DataError: it cannot be read, or its columns cannot be told apart.
@@ -212,11 +217,13 @@ def open_splits(section: DataSection, *, is_published: bool) -> Splits:
         columns: tuple[str, str | None] = ("image", None)
         _require_prepared(loaded["train"], section.path)
     else:
-        columns = _columns(loaded["train"], section, notes)
+        columns = columns_of(loaded["train"], section, notes, needs_text)
+        if columns[1] == NO_TEXT:
+            loaded = {name: s.add_column(NO_TEXT, [""] * len(s)) for name, s in loaded.items()}
         ignored = [name for name in loaded if name not in names]
         if ignored:
             notes.append(f"splits not used: {', '.join(ignored)}")
-    rows = [_open_split(loaded[name], name, columns, notes) for name in names]
+    rows = [_open_split(loaded[name], name, columns, notes, needs_text) for name in names]
     revision = section.revision or _revision(loaded["train"])
     return Splits(rows[0], rows[1] if len(rows) > 1 else None, revision, notes)
 
@@ -279,52 +286,12 @@ def _require_prepared(dataset: Dataset, path: str) -> None:
         )
 
 
-def _columns(dataset: Dataset, section: DataSection, notes: list[str]) -> tuple[str, str]:
-    """Which column holds pictures and which holds text; what is guessed is noted."""
-    from datasets import Image as ImageFeature
-
-    features = dataset.features
-    pictures = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
-    image = _column(section.image_column, "image_column", pictures, ("image",), features)
-    texts = [name for name, kind in features.items() if _is_text(kind)]
-    caption = _column(section.caption_column, "caption_column", texts, CAPTION_COLUMNS, features)
-    if section.image_column is None or section.caption_column is None:
-        notes.append(f"pictures are taken from column {image}, texts from column {caption}")
-    return image, caption
-
-
-def _is_text(kind: Any) -> bool:
-    from datasets import List, Value
-
-    inner = kind.feature if isinstance(kind, List) else kind
-    return isinstance(inner, Value) and inner.dtype in ("string", "large_string")
-
-
-def _column(
-    named: str | None, option: str, fitting: list[str], usual: Sequence[str], features: Any
-) -> str:
-    what = "pictures" if option == "image_column" else "text"
-    if named is not None:
-        if named in fitting:
-            return named
-        if named in features:
-            raise DataError(f"data.{option} = {named!r} holds no {what}: {features[named]}")
-        near = nearest(named, fitting)
-        hint = f"Did you mean {near}?" if near else f"There are: {', '.join(features)}."
-        raise DataError(f"data.{option} = {named!r} is no column of the data set", hint)
-    likely = [name for name in usual if name in fitting] or fitting
-    if not likely or (len(likely) > 1 and likely[0] not in usual):
-        kinds = {name: getattr(kind, "dtype", kind) for name, kind in features.items()}
-        found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise DataError(
-            f"cannot tell which column holds the {what}; the data set has: {found}",
-            f'Name it: data.{option} = "…".',
-        )
-    return likely[0]
-
-
 def _open_split(
-    dataset: Dataset, name: str, columns: tuple[str, str | None], notes: list[str]
+    dataset: Dataset,
+    name: str,
+    columns: tuple[str, str | None],
+    notes: list[str],
+    needs_text: bool,
 ) -> HubRows:
     from datasets import Image as ImageFeature
 
@@ -342,7 +309,7 @@ def _open_split(
     else:
         _scan(rows, name)
         silent = sum(record["caption"] is None for record in rows.records(range(len(rows))))
-        if silent:
+        if silent and needs_text:
             notes.append(f"{silent} of {len(rows)} rows of {name} have no text: empty prompt")
     return rows
 

@@ -101,7 +101,7 @@ def plan_phases(
 
     Raises:
         UserError: a phase names a part that does not train or is shorter than a step, a part that
-            trains is in no phase that begins, or the run goes on after the last phase.
+            trains is in no phase that gets a step, or the run goes on after the last phase.
     """
     if not phases:
         return None
@@ -115,14 +115,21 @@ def plan_phases(
             f"[[train.phases]] end at {length:,} of the run's {total_samples:,} samples",
             "Set train.repeat_phases = true, make them longer, or train for less.",
         )
-    begun = {index for _, index in found.starts(total_samples)}
+    # A phase begins with the first step that starts in it: the turn alone is not enough.
+    begun = {
+        index
+        for start, index in found.starts(total_samples)
+        if -(-start // batch_size) * batch_size < total_samples
+    }
     if missed := [str(i + 1) for i in range(len(phases)) if i not in begun]:
-        warn(f"the run ends before phase {', '.join(missed)} of [[train.phases]] begins")
+        warn(f"the run ends before a step of phase {', '.join(missed)} of [[train.phases]] begins")
     live = {part for index in begun for part in phases[index].parts}
     if never := [part for part in trained if part not in live]:
+        last = (total_samples - 1) // batch_size * batch_size
         raise UserError(
-            f"rules train {', '.join(never)}, but no phase of the run does",
-            "Name it in [[train.phases]], or freeze it.",
+            f"rules train {', '.join(never)}, but no phase of the run does: the last of its "
+            f"{total_samples:,} samples begin a step at {last:,}",
+            "Name it in [[train.phases]] before that, train for longer, or freeze it.",
         )
     return found
 

@@ -7,14 +7,17 @@ restart or number of GPUs sees the same stream. Every sample counts for the cloc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from sdprep.console import talk
+from sdprep.errors import DataError
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section
 from sdtrain.joined_rows import JoinedRows
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from sdtrain.dataset import Rows, TrainingData
     from sdtrain.family import Family
     from sdtrain.recipe import DataSection
+
+_OF_DATA = re.compile(r"(?<![\w/.\\-])data\.(path|revision|image_column|caption_column)\b")
 
 PREFIX = "prior/"
 """What ids of prior images begin with, so that their noise and crops are draws of their own."""
@@ -49,6 +54,12 @@ class PriorSection(Section):
     weight: float = Field(
         1.0, gt=0.0, allow_inf_nan=False, description="What a prior sample counts in the loss."
     )
+
+    @model_validator(mode="after")
+    def _one_text(self) -> PriorSection:
+        if self.caption is not None and self.caption_column is not None:
+            raise ValueError("caption stands in place of all texts of caption_column; keep one")
+        return self
 
     def data(self, like: DataSection) -> DataSection:
         """The same as a `[data]` section."""
@@ -76,6 +87,10 @@ class Prior:
         """The rows as their prompts are rendered."""
         rows, caption = self.data.train, self.section.caption
         return rows if caption is None else OneCaption(rows, caption)
+
+    def num_samples(self, samples_seen: int) -> int:
+        """How many of the first samples of the stream are of the prior."""
+        return int(samples_seen * Fraction(str(self.section.fraction)))
 
     def order(
         self, train: GlobalOrder, *, num_train: int, seed: int, run_samples: int, family: Family
@@ -136,7 +151,18 @@ def open_prior(
     from sdtrain.buckets import require_enough
     from sdtrain.dataset import open_data
 
-    data = open_data(section.data(like), PromptPolicy(), needs_split=False)
+    try:
+        data = open_data(
+            section.data(like),
+            PromptPolicy(),
+            needs_split=False,
+            needs_text=section.caption is None,
+        )
+    except DataError as error:  # opened like a [data], and named as what it is
+        words = (_OF_DATA.sub(r"prior.\1", text) for text in (error.message, error.hint))
+        raise DataError(*words) from error
+    for note in data.notes:
+        talk.print(f"prior: {note}", markup=False, soft_wrap=True)
     if held_out is not None:
         there = {id_.split("#")[0] for id_ in held_out.ids}
         for row, id_ in enumerate(data.train.ids):

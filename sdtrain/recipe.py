@@ -30,6 +30,7 @@ from sdtrain.tracking import TrackingSection
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
+Percent = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
 
 
 class MaskSection(Section):
@@ -53,6 +54,12 @@ class MaskSection(Section):
         if ALL_LABELS in value and len(value) > 1:
             raise ValueError('"*" stands for all labels; leave out the others')
         return value
+
+    @model_validator(mode="after")
+    def _masks_something(self) -> MaskSection:
+        if not self.boxes and (self.weight or not self.normalise):
+            raise ValueError("weight and normalise do nothing without boxes; name their labels")
+        return self
 
     def build(self) -> LossMasks | None:
         """The masks; None where there are none."""
@@ -100,7 +107,7 @@ class TrainSection(Section):
         (), description="In order; each says for how long which parts train. None: all at once."
     )
     repeat_phases: bool = Field(False, description="Begin again with the first after the last.")
-    expect_percent: dict[str, float] = Field(
+    expect_percent: dict[str, Percent] = Field(
         {}, description="Guard: share of each part that must train, in percent ±0.01."
     )
     timesteps: Literal["stratified", "iid"] = Field(

@@ -119,6 +119,29 @@ def test_how_prompts_are_cut_and_read_is_in_the_key(
     )
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"density": "shift"},
+        {"shift": 2.0},
+        {"logit_mean": 0.5},
+        {"logit_std": 0.5},
+        {"density": "mode", "mode_scale": 0.5},
+        {"uncond_zero_prob": 0.5},
+        {"uncond_zero_sizes": True},
+        {"uncond": "zero"},
+    ],
+)
+def test_how_noise_is_drawn_is_not_in_the_key_of_text(
+    tiny_model: Callable[[str], Path], option: dict[str, Any]
+) -> None:
+    from tests.tiny import load_tiny
+
+    folder = tiny_model("sdxl_flow")
+    is_same = load_tiny(folder).text_fingerprint() == load_tiny(folder, **option).text_fingerprint()
+    assert is_same is ("uncond" not in option)  # that one decides what is stored of ""
+
+
 def test_an_edited_pixel_or_caption_re_encodes_just_that(
     train_recipe: Recipe, tmp_path: Path
 ) -> None:

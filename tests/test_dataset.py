@@ -218,6 +218,20 @@ def test_columns_that_cannot_be_told_apart_must_be_named(tmp_path: Path) -> None
         opened(path, image_column="left", caption_column="left")
 
 
+def test_what_is_said_of_columns_and_revisions_to_no_effect_is_noted(
+    tmp_path: Path, prepared_folder: Path
+) -> None:
+    notes = opened(prepared_folder, caption_column="text", image_column="png").notes
+    assert [note for note in notes if "is not used" in note] == [
+        "image_column = 'png' is not used: columns of a prepared set are known",
+        "caption_column = 'text' is not used: columns of a prepared set are known",
+    ]
+    for path in (prepared_folder, hub_set(tmp_path / "saved", {"text": ["a", "b"]})):
+        notes = opened(path, revision="v1").notes
+        assert f"revision = 'v1' is not used: {path} is on this disk" in notes
+        assert not any("is not used" in note for note in opened(path).notes)
+
+
 def test_rows_without_text_are_counted(tmp_path: Path) -> None:
     data = opened(hub_set(tmp_path / "saved", {"text": ["a", None]}))
     assert "1 of 2 rows of train have no text: empty prompt" in data.notes

@@ -155,6 +155,20 @@ def test_a_rule_that_matches_nothing_names_the_nearest_paths(
 def test_nothing_to_train_is_refused(tiny_model: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="nothing would train"):
         plan_for(tiny_model("sd15"), [Rule("unet.**", lr=0)])
+    last = "text_encoder.text_model.final_layer_norm"
+    with pytest.raises(UserError, match=r"nothing would train.*\n.*2 tensors, behind layer 2"):
+        plan_for(tiny_model("sdxl"), [Rule(last, lr=1e-5)])
+
+
+def test_layers_that_an_adapter_cannot_take_are_named(tiny_model: Callable[[str], Path]) -> None:
+    lora = config_for("adapter", "lora")(rank=4).build()
+    with pytest.raises(UserError, match=r"'unet.\*\*.norm1' matches nothing that adapter lora"):
+        build_plan(load_tiny(tiny_model("sd15")), [Rule("unet.**.norm1", lr=1e-4)], lora)
+
+
+def test_a_preset_for_another_size_is_named(tiny_model: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match=r"^preset unet-71 rule 'unet.up_blocks.2.resnets.\*\*'"):
+        plan_for(tiny_model("sdxl"), [], lr=1e-5, preset="unet-71")
 
 
 def test_what_no_gradient_can_reach_is_frozen_and_said(

@@ -362,7 +362,10 @@ def test_a_picture_of_another_size_than_its_row_is_refused(
 
 @pytest.mark.parametrize(
     "wrong",
-    ['mask.boxes=["*", "text"]', 'mask.boxes=["a", "a"]', 'mask.boxes=[""]', "mask.weight=1.5"],
+    [
+        *('mask.boxes=["*", "text"]', 'mask.boxes=["a", "a"]', 'mask.boxes=[""]'),
+        *("mask.weight=1.5", "mask.weight=0.5", "mask.normalise=false"),
+    ],
 )
 def test_a_recipe_with_a_senseless_mask_is_refused(train_recipe: Recipe, wrong: str) -> None:
     with pytest.raises(RecipeError, match="mask"):

@@ -210,6 +210,13 @@ def test_what_rests_waits_on_the_cpu_and_comes_home() -> None:
             ],
             "rules train text_encoder, but no phase",
         ),
+        (  # its turn is at 21, and the last step begins at 20
+            [
+                "train.phases=[{samples = 21, parts = ['unet']}, "
+                "{samples = 22, parts = ['text_encoder']}]"
+            ],
+            "rules train text_encoder, but no phase of the run does: .* begin a step at 20",
+        ),
         (
             ["train.phases=[{samples = 3, parts = ['unet', 'text_encoder']}]"],
             "has 3 samples, fewer than a step's 4",

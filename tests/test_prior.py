@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdprep.errors import DataError
+from sdprep.errors import DataError, RecipeError
+from sdtrain.cache.census import census
+from sdtrain.cache.fill import fill
+from sdtrain.cache.store import EntryStore
+from sdtrain.cache.verify import verify
 from sdtrain.check import describe
 from sdtrain.check_text import check_text
 from sdtrain.conditions import changes
@@ -24,7 +28,7 @@ from sdtrain.setup import Setup, open_setup
 from sdtrain.step import denoising_loss
 from sdtrain.trainer import steps
 from sdtrain.update import take_step
-from tests.train_data import prepared_row, write_prepared
+from tests.train_data import prepared_row, small_jpeg, write_prepared
 
 Recipe = Callable[..., Path]
 
@@ -138,3 +142,56 @@ def test_a_prior_is_read_from_the_cache_as_well(train_recipe: Recipe, class_imag
     plain = opened(train_recipe(output="plain"), class_images, "data.crop='centre'")
     alone = Run(plain, RunFolder(plain.recipe.output))
     assert line["loss"] == take_step(alone, next(steps(alone)))["loss"]
+
+
+def test_the_cache_is_filled_for_the_prior_too(
+    train_recipe: Recipe, class_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("cache.latents=true", "cache.text=true", "data.cached_crops=2", "train.samples=40")
+    settings += ("data.flip_prob=0.5", "prior.fraction=0.3", "prior.caption='a dog'")
+    settings += ("prompt.score.position=none",)
+    setup = opened(train_recipe(), class_images, *settings)
+    found = census(setup)
+    assert found is not None
+    assert found["rows"] == found["of"] == 14 + 4
+    done = fill(setup)
+    assert done["latents"]["encoded"] == found["latents"]["wanted"]
+    found = census(setup)
+    assert found is not None
+    assert found["latents"]["found"] == done["latents"]["wanted"]
+    labels = {each.label for each in EntryStore(Path(done["path"]) / "latents.lance").scan()}
+    assert len(labels) == 18
+    assert sum(label.startswith(PREFIX) for label in labels) == 4
+    again = opened(train_recipe(), class_images, *settings)
+    for method in ("posterior", "encode_prompts"):  # all that the run asks for is there
+        monkeypatch.setattr(again.family, method, None)
+    for micro in again.micro_batches():
+        again.encoder.encoded(again.reader(stored=True).batch(micro.slots, micro.u))
+    assert verify(setup)["latents"]["encoded_again"] == 16
+
+
+def test_bare_pictures_with_one_caption_will_do(
+    train_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for number in range(3):
+        (bare / f"{number}.jpg").write_bytes(small_jpeg(number + 60, (96, 96)))
+    setup = opened(train_recipe(), bare, "prior.caption='a dog'", "prompt.dropout_p=0.0")
+    slots = islice(setup.order.slots(), 22)
+    texts = {slot.text.prompt for slot in slots if slot.sample_id.startswith(PREFIX)}
+    assert "a dog" in texts
+    assert texts <= {"a dog", ""}  # the prior's own policy drops some
+    said = capsys.readouterr().err
+    assert "prior: pictures are taken from column image" in said
+    assert "no text" not in said
+    with pytest.raises(DataError, match="cannot tell which column holds the text") as caught:
+        opened(train_recipe(), bare)
+    assert caught.value.hint == 'Name it: prior.caption_column = "…".'
+
+
+def test_mistakes_in_the_prior_are_called_so(train_recipe: Recipe, class_images: Path) -> None:
+    with pytest.raises(DataError, match=r"^prior\.path = '/nowhere/data\.path'"):
+        opened(train_recipe(), Path("/nowhere/data.path"))
+    with pytest.raises(RecipeError, match="keep one"):
+        opened(train_recipe(), class_images, "prior.caption=a", "prior.caption_column=b")

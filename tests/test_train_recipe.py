@@ -70,6 +70,8 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key(
         ("output=/", "must name a folder"),
         ("schedule.type=cosin", "did you mean cosine?"),
         ("data.max_upscale=nan", "must be > 0"),
+        ("train.expect_percent={unet = nan}", "train.expect_percent.unet = NaN"),
+        ("train.expect_percent={unet = 101}", "must be <= 100"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -100,15 +100,19 @@ def training_rules(setup: Setup) -> list[str]:
 
 def _texts_never_repeat(setup: Setup) -> str:
     """Which row shows that nearly every visit draws a new text; empty where texts repeat."""
-    data, seed = setup.data, setup.recipe.seed
-    for record in data.train.records(setup.train.kept[:_LOOKED_AT_ROWS].tolist()):
-        texts = {
-            render_prompt(record, data.policy, seed, visit).text
-            for visit in range(_LOOKED_AT_VISITS)
-        }
-        if len(texts) > _FEW_TEXTS:
-            return (
-                f"the prompt policy draws new texts: image {record['id']} gets {len(texts)} "
-                f"different ones in {_LOOKED_AT_VISITS} visits"
-            )
+    seed, sources = setup.recipe.seed, [(setup.data.train, setup.train.kept, setup.data.policy)]
+    if setup.prior is not None:
+        prior = setup.prior
+        sources.append((prior.texts, prior.assignment.kept, prior.data.policy))
+    for rows, kept, policy in sources:
+        for record in rows.records(kept[:_LOOKED_AT_ROWS].tolist()):
+            texts = {
+                render_prompt(record, policy, seed, visit).text
+                for visit in range(_LOOKED_AT_VISITS)
+            }
+            if len(texts) > _FEW_TEXTS:
+                return (
+                    f"the prompt policy draws new texts: image {record['id']} gets {len(texts)} "
+                    f"different ones in {_LOOKED_AT_VISITS} visits"
+                )
     return ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdprep.console import megabytes
-from sdtrain.cache.fill import wanted_slots, wanted_texts
+from sdtrain.cache.fill import kept_rows, wanted_slots, wanted_texts
 from sdtrain.cache.keys import text_key
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ def census(setup: Setup) -> dict[str, Any] | None:
     caches = setup.caches
     if not caches.section.is_wanted:
         return None
-    looked_at = range(min(ROWS, len(setup.train.kept)))
+    looked_at = range(min(ROWS, len(kept_rows(setup))))
     found: dict[str, Any] = {
         "path": str(caches.folder),
         "rows": len(looked_at),
-        "of": len(setup.train.kept),
+        "of": len(kept_rows(setup)),
         "latents": None,
         "text": None,
         "why_no_text": caches.why_no_text,

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sdprep.console import progress
 from sdprep.errors import UserError
 from sdtrain.buckets import Slot, Step, Text
@@ -15,8 +17,10 @@ from sdtrain.cache.reading import Kept
 from sdtrain.cache.store import EntryStore
 from sdtrain.dataset import renderer
 from sdtrain.loader import MicroBatch, load
+from sdtrain.prior import PREFIX
 
 if TYPE_CHECKING:
+    from sdtrain.buckets import Assignment
     from sdtrain.setup import Setup
 
 WINDOW_ROWS = 4_096
@@ -67,10 +71,12 @@ def require_caches(setup: Setup) -> Any:
     return caches
 
 
-def num_visits(setup: Setup, row: int) -> int:
-    """How often the run draws an image at most; its repeats in one epoch are counted."""
-    epochs = -(-setup.total_samples // setup.order.epoch_samples)
-    return epochs * int(setup.data.train.repeats[row])
+def kept_rows(setup: Setup) -> np.ndarray:
+    """Rows of `setup.rows` that the run draws: those of training, then those of a prior."""
+    if setup.prior is None:
+        return setup.train.kept
+    behind = len(setup.data.train) + setup.prior.assignment.kept
+    return np.concatenate([setup.train.kept, behind])
 
 
 def wanted_slots(setup: Setup, rows: Sequence[int]) -> Iterator[tuple[Slot, bytes]]:
@@ -78,22 +84,23 @@ def wanted_slots(setup: Setup, rows: Sequence[int]) -> Iterator[tuple[Slot, byte
 
     Args:
         setup: its recipe keeps latents.
-        rows: positions in `setup.train.kept`.
+        rows: positions in `kept_rows`.
     """
-    data, train, crops = setup.data.train, setup.train, setup.recipe.data.crops
-    kept, sizes_hw = setup.caches.latents, data.sizes_hw
+    data, crops = setup.rows, setup.recipe.data.crops
+    kept = setup.caches.latents
     assert kept is not None
-    for at in rows:
-        row = int(train.kept[at])
-        bucket = train.buckets[train.bucket_of[at]]
-        height, width = sizes_hw[row].tolist()
-        source, sample_id = data.source_digest(row), data.ids[row]
-        visits = crops.different(
-            (height, width), bucket, setup.recipe.seed, sample_id, num_visits(setup, row)
-        )
-        for visit, crop in visits:
-            key = latents_key(kept.kind, source, bucket, crop)
-            yield Slot(row, sample_id, visit, bucket, _NO_TEXT), key
+    for members, assignment, first, prefix in _members(setup, rows):
+        visits = _visits(setup, members, of_prior=bool(prefix))
+        for at, num_visits in zip(members, visits, strict=True):
+            row = first + int(assignment.kept[at])
+            bucket = assignment.buckets[assignment.bucket_of[at]]
+            height, width = data.sizes_hw[row].tolist()
+            source, sample_id = data.source_digest(row), prefix + data.ids[row]
+            for visit, crop in crops.different(
+                (height, width), bucket, setup.recipe.seed, sample_id, num_visits
+            ):
+                key = latents_key(kept.kind, source, bucket, crop)
+                yield Slot(row, sample_id, visit, bucket, _NO_TEXT), key
 
 
 def wanted_texts(setup: Setup, rows: Sequence[int], most_visits: int | None = None) -> list[str]:
@@ -101,32 +108,57 @@ def wanted_texts(setup: Setup, rows: Sequence[int], most_visits: int | None = No
 
     Args:
         setup: the run.
-        rows: positions in `setup.train.kept`.
+        rows: positions in `kept_rows`.
         most_visits: look no further than this; None: to the end of the run.
     """
-    data = setup.data
-    render = renderer(data.train, data.policy, setup.recipe.seed, lambda prompt: 1)
     texts = {"": None}
-    kept = [int(setup.train.kept[at]) for at in rows]
-    visits = {row: num_visits(setup, row) for row in kept}
-    most = max(visits.values(), default=0)
-    for visit in range(most if most_visits is None else min(most, most_visits)):
-        drawn = [row for row in kept if visit < visits[row]]
-        texts |= dict.fromkeys(text.prompt for text in render(drawn, [visit] * len(drawn)))
+    for members, assignment, _, prefix in _members(setup, rows):
+        prior = setup.prior if prefix else None
+        source, data = (
+            (setup.data.train, setup.data) if prior is None else (prior.texts, prior.data)
+        )
+        render = renderer(source, data.policy, setup.recipe.seed, lambda prompt: 1)
+        kept = [int(assignment.kept[at]) for at in members]
+        visits = dict(zip(kept, _visits(setup, members, of_prior=bool(prefix)), strict=True))
+        most = max(visits.values(), default=0)
+        for visit in range(most if most_visits is None else min(most, most_visits)):
+            drawn = [row for row in kept if visit < visits[row]]
+            texts |= dict.fromkeys(text.prompt for text in render(drawn, [visit] * len(drawn)))
     return list(texts)
+
+
+def _members(setup: Setup, rows: Sequence[int]) -> Iterator[tuple[list[int], Assignment, int, str]]:
+    """Positions in an assignment, it, its first row in `setup.rows`, and how its ids begin."""
+    own = len(setup.train.kept)
+    yield [at for at in rows if at < own], setup.train, 0, ""
+    if setup.prior is not None:
+        of_prior = [at - own for at in rows if at >= own]
+        yield of_prior, setup.prior.assignment, len(setup.data.train), PREFIX
+
+
+def _visits(setup: Setup, members: Sequence[int], *, of_prior: bool) -> list[int]:
+    """How often the run draws some images at most; repeats in one epoch are counted."""
+    prior, total = setup.prior, setup.total_samples
+    of_it = 0 if prior is None else prior.num_samples(total)
+    if of_prior:
+        assert prior is not None
+        times, drawn = prior.data.train.repeats[prior.assignment.kept], of_it
+    else:
+        times, drawn = setup.data.train.repeats[setup.train.kept], total - of_it
+    epochs = -(-drawn // int(times.sum()))
+    return [epochs * int(times[at]) for at in members]
 
 
 def windows(setup: Setup) -> Iterator[range]:
     """All kept rows, some at a time."""
-    total = len(setup.train.kept)
+    total = len(kept_rows(setup))
     for start in range(0, total, WINDOW_ROWS):
         yield range(start, min(start + WINDOW_ROWS, total))
 
 
 def _fill_latents(setup: Setup, kept: Kept, encoder: Encoder) -> dict[str, Any]:
     counts = {"wanted": 0, "found": 0, "missing": 0, "encoded": 0}
-    total = len(setup.train.kept)
-    with progress("encoding pictures", total) as bar:
+    with progress("encoding pictures", len(kept_rows(setup))) as bar:
         for window in windows(setup):
             slots = {key: slot for slot, key in wanted_slots(setup, window)}
             missing = _missing(kept.store, list(slots))

@@ -11,7 +11,7 @@ from torch import Tensor
 from sdprep.console import progress
 from sdprep.seeding import integer
 from sdtrain.cache.entries import Entry, layout_of
-from sdtrain.cache.fill import require_caches, wanted_slots, wanted_texts
+from sdtrain.cache.fill import kept_rows, require_caches, wanted_slots, wanted_texts
 from sdtrain.cache.keys import text_key
 from sdtrain.cache.store import EntryStore
 
@@ -83,8 +83,8 @@ Again = list[tuple[Entry, str, float]]
 def _latents_again(setup: Setup, sample: int, known: set[bytes]) -> Again:
     kept = setup.caches.latents
     assert kept is not None
-    ids, rows = setup.data.train.ids, setup.train.kept.tolist()
-    ranked = sorted(range(len(rows)), key=lambda at: integer("cache verify", ids[rows[at]]))
+    ids = setup.rows.ids.at(kept_rows(setup))
+    ranked = sorted(range(len(ids)), key=lambda at: integer("cache verify", ids[at]))
     reader, encoder = setup.reader(), setup.encoder
 
     def encode(slot: Slot) -> Mapping[str, Tensor]:
@@ -100,7 +100,7 @@ def _latents_again(setup: Setup, sample: int, known: set[bytes]) -> Again:
 def _text_again(setup: Setup, sample: int, known: set[bytes]) -> Again:
     kept, encoder = setup.caches.text, setup.encoder
     assert kept is not None
-    count = min(len(setup.train.kept), _TEXT_ROWS + sample)
+    count = min(len(kept_rows(setup)), _TEXT_ROWS + sample)
     texts = sorted(wanted_texts(setup, range(count)), key=lambda t: integer("cache verify", t))
 
     def encode(prompt: str) -> Mapping[str, Tensor]:

@@ -43,6 +43,8 @@ SMALLEST_FULL_SIZE_PX = 512
 NOT_ABOUT_TEXT = frozenset(
     ("type", "family", "path", "revision", "config", "prediction_type", "zero_terminal_snr")
     + ("gradient_checkpointing",)
+    + ("density", "shift", "logit_mean", "logit_std", "mode_scale")
+    + ("uncond_zero_prob", "uncond_zero_sizes")  # what becomes of text after it was encoded
 )
 AUTOCAST_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
