@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sdprep.console import progress, say, warn
-from sdprep.errors import RecipeError, UserError
+from sdprep.errors import DataError, RecipeError, UserError
 from sdprep.seeding import digest
 from sdtrain.compare import Pair, compare_measured
 from sdtrain.launch import PARENT_PIPE
@@ -254,7 +254,7 @@ def compare_cells(cells: Sequence[Cell], failed: dict[str, str]) -> dict[str, An
     Returns:
         what `--json` prints.
     """
-    found = {cell.name: find(cell.output) for cell in cells if cell.outcome is not None}
+    found = {cell.name: _measured(cell) for cell in cells if cell.outcome is not None}
     judge = next((name for name in JUDGES if any(name in sets for sets in found.values())), None)
     ends = {name: sets[judge] for name, sets in found.items() if judge and judge in sets}
     means = {name: measured.load().mean for name, measured in ends.items()}
@@ -275,6 +275,15 @@ def compare_cells(cells: Sequence[Cell], failed: dict[str, str]) -> dict[str, An
         )
     ]
     return {"set": judge, "lowest": ranked[0] if ranked else None, "runs": runs}
+
+
+def _measured(cell: Cell) -> dict[str, Measured]:
+    """The evaluations of a finished run; none, and a warning, where it has none that can be read."""
+    try:
+        return find(cell.output)
+    except DataError as error:
+        warn(f"{cell.name} is done but cannot be compared: {error.message}")
+        return {}
 
 
 def _against_the_lowest(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sdprep.errors import RecipeError
-from sdtrain.sweep import plan_cells
+from sdtrain.sweep import OUTCOME, compare_cells, plan_cells, report
 
 RATE = "train.rules.0.lr"
 
@@ -65,6 +65,21 @@ def test_what_cannot_run_is_said_before_anything_runs(
 ) -> None:
     with pytest.raises(RecipeError, match=words):
         plan_cells(train_recipe(), [], over, None)
+
+
+def test_runs_without_an_evaluation_are_done_all_the_same(
+    train_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = plan_cells(train_recipe(), [], [f"{RATE}=1e-4,1e-3"], tmp_path / "sweep")
+    for cell in cells:
+        cell.output.mkdir(parents=True)
+        kept = {"key": cell.key, "outcome": {"verdict": None}}
+        (cell.output / OUTCOME).write_text(json.dumps(kept), encoding="utf-8")
+    found = compare_cells(cells, {})
+    assert (found["set"], found["lowest"]) == (None, None)
+    assert [run["mean"] for run in found["runs"]] == [None, None]
+    assert report(found).count("was not evaluated") == 2
+    assert "holds no evaluation" in capsys.readouterr().err
 
 
 def sweep(path: Path, *more: str) -> tuple[int, Any, str]:
