@@ -59,7 +59,9 @@ def open_hub(repo: str) -> HfApi:
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise UserError("cannot push: HF_HUB_OFFLINE is set", "Unset it, or leave --push out.")
+        raise UserError(
+            "cannot push: HF_HUB_OFFLINE is set", "Unset it to send anything to the Hub."
+        )
     if not get_token():
         raise UserError(f"cannot push to {repo}: you are not logged in to the Hub", LOGIN)
     api = HfApi(library_name="sdprep")

@@ -262,7 +262,7 @@ def read_state(path: Path) -> dict[str, Any]:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file} is damaged: {error}", older_than(path) or NO_OLDER_ONE) from None
-    found = state.get("format_version")
+    found = state.get("format_version") if isinstance(state, dict) else None
     if found != FORMAT_VERSION:
         raise DataError(f"{path} has format version {found}, expected {FORMAT_VERSION}")
     return dict(state)

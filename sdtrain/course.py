@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from sdprep.errors import DataError
 from sdprep.recipe import Section
 from sdtrain.verdict import HELD_OUT, Verdict, judge, words
 
@@ -108,3 +109,16 @@ def followed(path: Path) -> Path:
         return path.with_name(str(json.loads(path.read_text(encoding="utf-8"))["checkpoint"]))
     except (ValueError, KeyError, TypeError):
         return path
+
+
+def meant(path: Path) -> Path:
+    """What a user means by a path: `RUN/checkpoints/best` stands for what it names.
+
+    Raises:
+        DataError: that file is damaged, or what it names is not there.
+    """
+    found = followed(path)
+    if path.name == BEST and path.is_file() and not found.is_dir():
+        what = "is damaged" if found == path else f"names {found.name}, which is not there"
+        raise DataError(f"{path} {what}", f"Give one of the checkpoints in {path.parent}.")
+    return found

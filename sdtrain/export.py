@@ -13,6 +13,7 @@ import torch
 from sdprep.errors import DataError, UserError
 from sdprep.plugins import configs
 from sdtrain import checkpoint
+from sdtrain.course import meant
 from sdtrain.formats.diffusers import read_class
 from sdtrain.formats.lora_keys import write_diffusers, write_kohya
 from sdtrain.formats.modelspec import modelspec, training_record, write_hash
@@ -115,6 +116,7 @@ def _target(form: str, to: Path) -> Path:
 
 
 def _open(path: Path, ema: bool) -> Opened:
+    path = meant(path)
     index = path / "model_index.json"
     if index.is_file():
         if ema:

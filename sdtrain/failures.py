@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sdprep.errors import UserError
-from sdtrain import checkpoint
+from sdtrain import checkpoint, page
 from sdtrain.deterministic import what_is_missing
 from sdtrain.disk import is_full
 
@@ -53,6 +53,26 @@ def explained(run: Run) -> Iterator[None]:
                 "only in an order that varies",
                 "Set precision.deterministic = false. " + newest_checkpoint(run.folder.checkpoints),
             ) from error
+        raise
+
+
+@contextmanager
+def noted(trackers: Sequence[Any], run: Run) -> Iterator[None]:
+    """Leave word of an error in the metrics and on the page, where a run else seems to train on.
+
+    Args:
+        trackers: the metrics first; none in processes that do not write.
+        run: its clock says when, its folder where.
+    """
+    try:
+        yield
+    except Exception as error:
+        if trackers:
+            message = error.message if isinstance(error, UserError) else repr(error)
+            line = {"kind": "error", "samples_seen": run.samples_seen, "message": message}
+            with suppress(OSError):  # the disk may be what failed
+                trackers[0].log(line)
+            page.refresh(run.folder, is_last=True)
         raise
 
 

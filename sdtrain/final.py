@@ -9,7 +9,7 @@ from typing import Any
 from sdprep.console import warn
 from sdprep.errors import DataError, UserError
 from sdprep.recipe import load_recipe, validate
-from sdtrain.course import BEST, followed
+from sdtrain.course import BEST, meant
 from sdtrain.recipe import TrainRecipe
 from sdtrain.run_folder import RunFolder
 from sdtrain.trackers.jsonl import read_metrics
@@ -63,7 +63,7 @@ def best_length(run: Path) -> int:
     last = next((x for x in reversed(read_metrics(folder.metrics)) if x["kind"] == "verdict"), None)
     best: Any = (last or {}).get("best")
     if best is None and pointer.is_file():
-        best = {"samples_seen": int(followed(pointer).name)}
+        best = {"samples_seen": int(meant(pointer).name)}
     if not folder.recipe.is_file() or best is None:
         raise DataError(
             f"--final {run}: it has no best evaluation on held-out images",

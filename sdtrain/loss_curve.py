@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sdprep.errors import DataError
+from sdtrain.course import meant
 from sdtrain.debias import PRIOR, features
 from sdtrain.probe_sets import plain_probe
 from sdtrain.recipe import TrainRecipe
@@ -157,6 +158,7 @@ def loss_curve(
     recipe: TrainRecipe, checkpoint: Path | None, num_images: int, num_levels: int, to: Path
 ) -> dict[str, Any]:
     """Measure, draw, and write the numbers beside the picture; what `--json` prints."""
+    checkpoint = None if checkpoint is None else meant(checkpoint)
     curve = measure(recipe, checkpoint, num_images, num_levels)
     to.parent.mkdir(parents=True, exist_ok=True)
     draw(curve, to)

@@ -134,12 +134,18 @@ def find_bounds(ramp: Ramp, seed: int) -> Bounds:
     )
 
 
+def too_few(num_validation: int, num_train: int) -> list[str]:
+    """What sets have too few images for a rate, in sentences."""
+    return [
+        f"the set {name} has {count} images, {FEWEST_IMAGES} are needed"
+        for name, count in (("validation", num_validation), ("train_probe", num_train))
+        if count < FEWEST_IMAGES
+    ]
+
+
 def refusals(bounds: Bounds, num_validation: int, num_train: int) -> list[str]:
     """Why no rate can be advised, in sentences; empty if one can."""
-    reasons = []
-    for name, count in (("validation", num_validation), ("train_probe", num_train)):
-        if count < FEWEST_IMAGES:
-            reasons.append(f"the set {name} has {count} images, {FEWEST_IMAGES} are needed")
+    reasons = too_few(num_validation, num_train)
     if not bounds.drop_t < -SIGNIFICANT_T:
         reasons.append(
             f"no descent: the held-out loss moved by {bounds.drop_percent:+.3f} % at best, "

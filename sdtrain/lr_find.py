@@ -22,8 +22,9 @@ from sdprep.recipe import validate
 from sdprep.seeding import digest
 from sdtrain import lr_bounds
 from sdtrain.freeze_plan import ParameterGroup
-from sdtrain.lr_bounds import Bounds, Ramp
+from sdtrain.lr_bounds import Bounds, Ramp, too_few
 from sdtrain.probe import LossMatrix
+from sdtrain.probe_sets import num_images
 from sdtrain.recipe import TrainRecipe
 from sdtrain.run_folder import RunFolder
 from sdtrain.setup import Setup, open_setup
@@ -89,10 +90,15 @@ def find_lr(
         what `--json` prints.
 
     Raises:
-        UserError: the images do not fix a rate; says why. The plot and the record are written.
+        UserError: the images do not fix a rate; says why. The plot and the record are written,
+            but where there are too few images, which is said before anything is trained.
     """
     planned = _planned(open_setup(recipe))  # the networks are let go again
-    wanted = Range(start or planned.lr / BELOW, end or planned.lr * ABOVE, steps)
+    wanted = Range(
+        planned.lr / BELOW if start is None else start,
+        planned.lr * ABOVE if end is None else end,
+        steps,
+    )
     folder = RunFolder(to or recipe.output.with_name(f"{recipe.output.name}-lr-find"))
     trial = ramp_recipe(recipe, wanted, planned.lr, folder.path)
     plan = {"rate_of": planned.group, **asdict(wanted)}
@@ -128,6 +134,14 @@ def find_lr(
 
 def _planned(setup: Setup) -> Planned:
     """The run that the rates are for; all its rates are scaled together with the main one."""
+    counts = num_images(setup)
+    few = too_few(counts["validation"], counts["train_probe"])
+    if few and setup.recipe.validation.probe is None:
+        raise UserError(
+            f"no learning rate could be advised: {'; '.join(few)}",
+            "Hold out more images with sdprep split, and leave validation.images and "
+            "validation.train_probe_images at that or above.",
+        )
     denoiser = f"{setup.family.trainable_parts[0]}."
 
     def size(group: ParameterGroup) -> tuple[bool, int]:
@@ -144,6 +158,11 @@ def ramp_recipe(recipe: TrainRecipe, wanted: Range, main_lr: float, output: Path
     Raises:
         UserError: the optimizer finds its rates itself, or the ramp has no room.
     """
+    if getattr(recipe.optimizer, "finds_its_rates", False):
+        raise UserError(
+            f"optimizer.type = {recipe.optimizer.type!r} finds its learning rates itself",
+            "Leave its rates at 1; lr-find is for the other optimizers.",
+        )
     if not 0 < wanted.start < wanted.end or wanted.end / wanted.start < 10:
         raise UserError(
             f"the ramp goes from {wanted.start:g} to {wanted.end:g}",
@@ -153,14 +172,15 @@ def ramp_recipe(recipe: TrainRecipe, wanted: Range, main_lr: float, output: Path
     every = max(2, round(LOOK_SHARE * wanted.steps)) * batch
     data = recipe.resolved()
     data["output"] = str(output)
-    train = {key: value for key, value in data["train"].items() if key != "epochs"}
+    lengths = ("epochs", "schedule_samples")  # the ramp has its own
+    train = {key: value for key, value in data["train"].items() if key not in lengths}
     data["train"] = {**train, "samples": wanted.steps * batch}
     data["schedule"] = {
         "type": "ramp",
         "start_factor": wanted.start / main_lr,
         "end_factor": wanted.end / main_lr,
     }
-    data["validation"]["every_samples"] = every
+    data["validation"] |= {"every_samples": every, "stop": None}  # it is to go on until it breaks
     data["sampling"]["prompts"] = []
     data["checkpoint"] = {
         **data["checkpoint"],

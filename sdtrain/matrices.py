@@ -11,7 +11,7 @@ import numpy as np
 
 from sdprep.errors import DataError
 from sdtrain.checkpoint import STATE
-from sdtrain.course import followed
+from sdtrain.course import meant
 from sdtrain.probe import PROBE_FILE, LossMatrix, Probe
 from sdtrain.trackers.jsonl import read_metrics
 
@@ -81,7 +81,7 @@ def find(path: Path) -> dict[str, Measured]:
     Raises:
         DataError: there is none, or it is not clear which is meant.
     """
-    path = followed(path)
+    path = meant(path)
     if path.is_file():
         return _by_set([path])
     if not path.is_dir():

@@ -83,10 +83,17 @@ def _page(folder: RunFolder, is_running: bool) -> str:
     facts = _facts(folder)
     name = escape(folder.path.resolve().name)
     conclusion = page_evidence.section(metrics)
+    error = _error(metrics)
+    has_looked = any(line["samples_seen"] for lines in sets.values() for line in lines)
     body = [
         _header(name, facts, metrics, is_running),
+        error,
         conclusion,  # once there is one, it is what a reader came for
-        _verdict(folder, sets, "At the newest evaluation: " if conclusion else ""),
+        (
+            _verdict(folder, sets, "At the newest evaluation: " if conclusion or error else "")
+            if has_looked or not error
+            else ""
+        ),
         _tiles(training, sets, facts),
         _evaluation(sets),
         page_samples.section(folder, metrics[-1]["samples_seen"] if metrics else 0),
@@ -117,12 +124,21 @@ def _header(name: str, facts: Line, metrics: Sequence[Line], is_running: bool) -
     total = facts.get("total_samples") or seen
     is_stopped_early = any(line.get("stopped_early") for line in metrics[-4:])
     state = "in training" if is_running else "in progress, or stopped"
+    state = "ended by an error" if _error(metrics) else state
     state = "stopped early" if is_stopped_early else "finished" if seen >= total else state
     words = [escape(str(facts[key])) for key in ("model", "adapter") if facts.get(key)]
     words += [f"{seen:,} of {total:,} samples ({state})", f"started {escape(_when(facts))}"]
     share = 100 * min(1.0, seen / total) if total else 0
     bar = f'<div class="bar"><i style="width:{share:.2f}%"></i></div>'
     return f"<header><h1>{name}</h1><p>{' · '.join(words)}</p>{bar}</header>"
+
+
+def _error(metrics: Sequence[Line]) -> str:
+    """What a run died of; nothing once it has gone on."""
+    if not metrics or metrics[-1]["kind"] != "error":
+        return ""
+    text = parts.typeset(metrics[-1]["message"])
+    return f'<section class="verdict bad"><h2>Ended by an error</h2><p>{text}</p></section>'
 
 
 def _when(facts: Line) -> str:

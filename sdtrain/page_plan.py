@@ -38,7 +38,7 @@ def section(
     rows += _images(facts, seen) + _time(folder, seen, total)
     table = parts.table(("", "Planned", "Due by now", "Done"), rows, 1)
     phases = "".join(f"<p>{parts.typeset(words)}</p>" for words in plan.get("phases", []))
-    return f'<h2>Plan against reality</h2><section class="card">{table}{phases}</section>'
+    return f'<h2>Plan against reality</h2><section class="card plan">{table}{phases}</section>'
 
 
 def _cadence(name: str, every: int, seen: int, total: int, done: int) -> tuple[str, str, str, str]:

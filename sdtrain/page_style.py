@@ -71,6 +71,8 @@ summary { cursor: pointer; padding: .5rem 0; font-weight: 600 }
 pre { overflow-x: auto; background: var(--back); border-radius: 6px; padding: .8rem;
       margin: .3rem 0;
       font: 13px/1.45 ui-monospace, "Cascadia Mono", Menlo, "DejaVu Sans Mono", monospace }
-@media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .5rem } }
+@media (max-width: 36rem) { .plan th, .plan td, td:first-child { white-space: normal }
+  .plan th, .plan td { padding-right: .5rem }
+  dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .5rem } }
 @media print { body { background: #fff } figure, .card { break-inside: avoid } }
 """

@@ -88,10 +88,7 @@ def _wanted(
 ) -> Iterator[tuple[Rows, Probe]]:
     """Rows and unwarped probe of every set that the recipe asks for and the data set has."""
     wanted = setup.recipe.validation
-    for name, rows, assignment, count in (
-        ("validation", setup.data.validation, setup.validation, wanted.images),
-        ("train_probe", setup.data.train, setup.train, wanted.train_probe_images),
-    ):
+    for name, rows, assignment, count in _splits(setup):
         if not count:
             continue
         if rows is None or assignment is None or not len(assignment.kept):
@@ -102,6 +99,24 @@ def _wanted(
         out = open_outside(setup, folder, samples_seen, is_run=is_run)
         count = wanted.forgetting.images
         yield out.rows, _plain(NAME, setup, out.rows, out.assignment, count, out.prompt_of)
+
+
+def _splits(setup: Setup) -> tuple[tuple[str, Rows | None, Assignment | None, int], ...]:
+    """Name, rows, usable rows and wanted images of the sets that a data set's splits give."""
+    wanted = setup.recipe.validation
+    return (
+        ("validation", setup.data.validation, setup.validation, wanted.images),
+        ("train_probe", setup.data.train, setup.train, wanted.train_probe_images),
+    )
+
+
+def num_images(setup: Setup) -> dict[str, int]:
+    """How many images `validation` and `train_probe` would have, before anything is measured."""
+    seed = setup.evaluation_seed
+    return {
+        name: len(_choose(name, rows, assignment, seed, count)) if rows and assignment else 0
+        for name, rows, assignment, count in _splits(setup)
+    }
 
 
 def _set(setup: Setup, rows: Rows, probe: Probe) -> ProbeSet:

@@ -15,6 +15,7 @@ from sdprep.errors import DataError
 from sdtrain import checkpoint
 from sdtrain.checkpoint import checkpoints, read_state
 from sdtrain.conditions import changes
+from sdtrain.course import meant
 
 RECORD = ("recipe", "data", "versions", "samples_seen", "step", "freeze_table", "evaluations")
 COMPARED = ("recipe", "data", "versions", "samples_seen")
@@ -54,6 +55,7 @@ def read_provenance(path: Path) -> Provenance:
     Raises:
         DataError: nothing is there, or it is none of these.
     """
+    path = meant(path)
     if path.is_file():
         record, about = _metadata(path)
         return Provenance(path, "file", record, about, (("", path),))
@@ -93,19 +95,31 @@ def _of_folder(path: Path, weights: tuple[Path, ...]) -> Provenance:
 
 def _metadata(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The record of training in a file's header, and ModelSpec's entries."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), "pt") as opened:
-            entries: Mapping[str, str] = opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{file} is no .safetensors file: {error}") from None
+    with _opened(file) as opened:
+        entries: Mapping[str, str] = opened.metadata() or {}
     record = {}
     for name, text in entries.items():
         if name.startswith(_PREFIX):
-            record[name.removeprefix(_PREFIX)] = json.loads(text)
+            record[name.removeprefix(_PREFIX)] = _entry(file, name, text)
     about = {n.removeprefix(_SPEC): text for n, text in entries.items() if n.startswith(_SPEC)}
     return record, about
+
+
+def _opened(file: Path) -> Any:
+    """The file, open; also one that a checkpoint or a folder names."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(file), "pt")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file} is no whole .safetensors file: {error}") from None
+
+
+def _entry(file: Path, name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{file}: its metadata {name} is damaged: {error}") from None
 
 
 # --- what differs ---------------------------------------------------------------------------------
@@ -180,17 +194,14 @@ def _places(of: Provenance) -> dict[str, tuple[Path, str]]:
 
 
 def _named(of: Provenance) -> Iterator[tuple[str, tuple[Path, str]]]:
-    from safetensors import safe_open
-
     for part, file in of.tensors:
-        with safe_open(str(file), "pt") as opened:
+        with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118  # no mapping: it cannot be iterated
                 yield f"{part}.{name}" if part else name, (file, name)
 
 
 def _read(places: Mapping[str, tuple[Path, str]], name: str) -> Tensor:
-    from safetensors import safe_open
-
     file, inside = places[name]
-    with safe_open(str(file), "pt") as opened:
-        return opened.get_tensor(inside)
+    with _opened(file) as opened:
+        tensor: Tensor = opened.get_tensor(inside)
+    return tensor

@@ -16,7 +16,7 @@ from sdprep.seeding import digest
 from sdtrain import checkpoint
 from sdtrain.averages import Ema, is_schedule_free, put, restored, weights_to_use
 from sdtrain.conditions import refuse_changes
-from sdtrain.course import Course
+from sdtrain.course import Course, meant
 from sdtrain.cut_text import CutText
 from sdtrain.debias import LossFit
 from sdtrain.engine import laid_out_like
@@ -303,4 +303,4 @@ def _chosen(folder: RunFolder, resume: str) -> Path | None:
                 "Name another output, or delete that folder first.",
             )
         return None
-    return Path(resume)
+    return meant(Path(resume))

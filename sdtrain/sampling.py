@@ -17,7 +17,7 @@ from PIL import Image
 from sdprep.errors import DataError
 from sdprep.seeding import integer
 from sdtrain import checkpoint, samplers, variety
-from sdtrain.course import followed
+from sdtrain.course import meant
 from sdtrain.family import Family
 from sdtrain.noise import noise_for
 from sdtrain.pixels import picture_of
@@ -181,7 +181,7 @@ def checkpoint_folder(path: Path) -> Path:
     Raises:
         DataError: it is neither.
     """
-    path = followed(path)
+    path = meant(path)
     if (path / checkpoint.STATE).is_file():
         return path
     found = checkpoint.checkpoints(path / "checkpoints") or checkpoint.checkpoints(path)

@@ -140,7 +140,8 @@ class ProbeSet:
             bad = points[int(np.flatnonzero(~np.isfinite(found))[0])]
             raise DamagedModelError(
                 f"the loss of {self.probe.images[bad.image].id} at u = {bad.u:.4f} is not finite",
-                "The model is damaged, or the precision is too low for it.",
+                "The model is damaged, or the precision is too low for it: in training, try a "
+                "lower learning rate, a warm-up, or another precision.mixed.",
             )
         return found
 

@@ -21,18 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from sdprep.console import progress, say, warn
-from sdprep.errors import RecipeError, UserError
+from sdprep.errors import DataError, RecipeError, UserError
 from sdprep.seeding import digest
 from sdtrain.compare import Pair, compare_measured
 from sdtrain.launch import PARENT_PIPE
 from sdtrain.matrices import Measured, find
 from sdtrain.recipe import TrainRecipe, load_train_recipe
 from sdtrain.stopping import StopRequest
+from sdtrain.toml_text import toml_line
 from sdtrain.wording import percent, span
 
 OUTCOME = "sweep-cell.json"
 LOG = "sweep-cell.log"
 POLL_SECONDS = 0.2
+MOST_CHARACTERS = 60
+"""Of a value in a folder name, which file systems bound."""
 JUDGES = ("validation", "train_probe")
 """The sets that may decide; held-out images, if there are any."""
 
@@ -83,6 +86,8 @@ def plan_cells(
         RecipeError: no axis, an empty one, one twice, or a value that the recipe refuses.
     """
     axes = dict(_axis(text) for text in over)
+    if "output" in axes:
+        raise RecipeError("--over output: every run gets a folder of its own below --to")
     if not axes or len(axes) < len(over):
         raise RecipeError(
             "--over: expected at least one key=value,value,… and every key once",
@@ -111,7 +116,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
     key, equals, listed = text.partition("=")
     try:
         values = [_toml(value) for value in tomllib.loads(f"v = [{listed}]")["v"]]
-    except tomllib.TOMLDecodeError:  # words such as lora,dora
+    except (tomllib.TOMLDecodeError, TypeError):  # words such as lora,dora; dates
         values = [value.strip() for value in listed.split(",")]
     if not equals or not key.strip() or not values or "" in values:
         raise RecipeError(f"--over {text}: expected key=value,value,…")
@@ -119,14 +124,15 @@ def _axis(text: str) -> tuple[str, list[str]]:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, str | list | dict) else repr(value)
+    return toml_line({"v": value}).removeprefix("v = ")
 
 
 def _word(value: str) -> str:
     last = re.split(r"[/\\]", value.strip("\"'/"))[-1]  # of a path, its name
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", last).strip("-.") or "empty"
+    word = re.sub(r"[^A-Za-z0-9.+-]+", "-", last).strip("-.") or "empty"
+    if len(word) <= MOST_CHARACTERS:
+        return word
+    return f"{word[: MOST_CHARACTERS - 9].rstrip('-.')}-{digest('sweep value', value)[:8]}"
 
 
 def _sweep_folder(path: Path, settings: Sequence[str]) -> Path:
@@ -248,7 +254,7 @@ def compare_cells(cells: Sequence[Cell], failed: dict[str, str]) -> dict[str, An
     Returns:
         what `--json` prints.
     """
-    found = {cell.name: find(cell.output) for cell in cells if cell.outcome is not None}
+    found = {cell.name: _measured(cell) for cell in cells if cell.outcome is not None}
     judge = next((name for name in JUDGES if any(name in sets for sets in found.values())), None)
     ends = {name: sets[judge] for name, sets in found.items() if judge and judge in sets}
     means = {name: measured.load().mean for name, measured in ends.items()}
@@ -269,6 +275,15 @@ def compare_cells(cells: Sequence[Cell], failed: dict[str, str]) -> dict[str, An
         )
     ]
     return {"set": judge, "lowest": ranked[0] if ranked else None, "runs": runs}
+
+
+def _measured(cell: Cell) -> dict[str, Measured]:
+    """The evaluations of a finished run; none, and a warning, where it has none that can be read."""
+    try:
+        return find(cell.output)
+    except DataError as error:
+        warn(f"{cell.name} is done but cannot be compared: {error.message}")
+        return {}
 
 
 def _against_the_lowest(

@@ -18,7 +18,7 @@ from sdprep.console import progress, say, talk
 from sdtrain import checkpoint, page, resolution, sampling, stable_eval, wording
 from sdtrain.course import BEST, Course, followed, look_back, point_to_best
 from sdtrain.deterministic import deterministic
-from sdtrain.failures import explained
+from sdtrain.failures import explained, noted
 from sdtrain.hand_over import hand_over
 from sdtrain.loader import load
 from sdtrain.planned import planned
@@ -102,7 +102,8 @@ def train(
                     for tracker in trackers:
                         open_files.callback(tracker.close)
                     open_files.callback(setup.encoder.flush)
-                    fit(run, trackers, stop)
+                    with noted(trackers, run):
+                        fit(run, trackers, stop)
                 world.on_main(lambda: page.refresh(folder, is_last=True))
             if run.cut_text.prompts:
                 say(run.cut_text.sentence(run.samples_seen))

@@ -14,7 +14,7 @@ from sdprep.errors import DataError
 from sdtrain import checkpoint
 from sdtrain.compare import Pair, compare_measured, text
 from sdtrain.conditions import changes
-from sdtrain.course import followed
+from sdtrain.course import meant
 from sdtrain.family import Family
 from sdtrain.foreign import MODEL_INDEX, kind_of, with_adapter
 from sdtrain.formats.single_file import is_single_file
@@ -52,7 +52,7 @@ def validate_checkpoints(
         DataError: a checkpoint belongs to another model or holds no average that was asked for, or
             there is nothing to evaluate on.
     """
-    paths = [followed(path) for path in paths]
+    paths = [meant(path) for path in paths]
     labels, kinds = _labels(paths), [kind_of(path) for path in paths]
     states = [
         checked_state(p) if k == "checkpoint" else None for p, k in zip(paths, kinds, strict=True)

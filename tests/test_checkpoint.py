@@ -70,6 +70,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         checkpoint.read(path)
     with pytest.raises(DataError, match="is no checkpoint"):
         checkpoint.read(tmp_path)
+    (path / checkpoint.STATE).write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match="format version None"):
+        checkpoint.read(path)
 
 
 @pytest.mark.parametrize(
@@ -259,3 +262,16 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert lines[0]["bad"] is None
     JsonlTracker(path, None).close()
     assert read_metrics(path) == []
+
+
+def test_metrics_may_hold_every_character_and_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path, None)
+    prompt = "a dog\u2028a cat\u0085a bird"  # line ends to str.splitlines, not to JSON
+    tracker.log({"kind": "variety", "samples_seen": 4, "prompt": prompt})
+    tracker.close()
+    assert [line["prompt"] for line in read_metrics(path)] == [prompt]
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "tr\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl is damaged in line 2"):
+        read_metrics(path)

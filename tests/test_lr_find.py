@@ -202,6 +202,31 @@ def test_a_real_ramp_writes_curves_numbers_and_recipes(small_recipe: Path) -> No
     assert "training breaks at" in lr_find.report(found)
 
 
+def test_what_cannot_be_found_is_said_before_anything_is_trained(small_recipe: Path) -> None:
+    to = small_recipe.parent / "never"
+    for settings, words in (
+        ((*SHORT, "validation.images=5"), "the set validation has 5 images, 8 are needed"),
+        ((*SHORT, "validation.train_probe_images=0"), "the set train_probe has 0 images"),
+        ((*SHORT, 'optimizer={type="prodigy"}'), "finds its learning rates itself"),
+    ):
+        with pytest.raises(UserError, match=words):
+            lr_find.find_lr(
+                load_train_recipe(small_recipe, settings), start=1e-4, end=1.0, steps=20, to=to
+            )
+    with pytest.raises(UserError, match="goes from 0 to"):  # not the default
+        lr_find.find_lr(load_train_recipe(small_recipe, SHORT), start=0.0, end=1.0, steps=20, to=to)
+    assert not to.exists()
+
+
+def test_a_ramp_has_its_own_length_and_no_early_stop(small_recipe: Path) -> None:
+    kept = ("train.samples=64", "train.schedule_samples=6400", "validation.stop={patience=1}")
+    recipe = load_train_recipe(small_recipe, (*SHORT, *kept))
+    trial = lr_find.ramp_recipe(recipe, lr_find.Range(1e-5, 1.0, 20), 1e-3, Path("x"))
+    assert trial.train.samples == 160
+    assert trial.train.schedule_samples is None
+    assert trial.validation.stop is None
+
+
 @pytest.mark.slow
 def test_refusal_is_exit_status_2_with_the_plot_kept(small_recipe: Path) -> None:
     output = small_recipe.parent / "refused"
@@ -227,5 +252,6 @@ def test_a_narrow_ramp_and_missing_held_out_images_are_refused(small_recipe: Pat
     with pytest.raises(UserError, match="factor of 10 apart|goes from"):
         lr_find.find_lr(recipe, start=1e-4, end=2e-4, steps=20, to=None)
     blind = load_train_recipe(small_recipe, (*SHORT, "validation.images=0"))
-    with pytest.raises(UserError, match="held-out images and training images"):
+    with pytest.raises(UserError, match="the set validation has 0 images, 8 are needed"):
         lr_find.find_lr(blind, start=1e-4, end=1e-2, steps=20, to=small_recipe.parent / "blind")
+    assert not (small_recipe.parent / "blind").exists()

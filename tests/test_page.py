@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdprep.errors import DataError
+from sdprep.errors import DataError, UserError
 from sdtrain import page
 from sdtrain.page_figures import limits_of, loss_figure, running_mean
 from sdtrain.page_parts import typeset
 from sdtrain.page_plan import duration
+from sdtrain.recipe import load_train_recipe
 from sdtrain.run_folder import RunFolder
+from sdtrain.trainer import train
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -167,6 +170,32 @@ def test_a_run_that_has_just_begun_has_a_page(run: Path) -> None:
     assert "Just begun" in found.words
     assert "0 of 12 samples (in progress, or stopped)" in found.words
     assert len(found.sources) == 2  # the samples; a curve of one point says nothing
+
+
+def test_a_run_that_diverges_says_so_on_its_page(train_recipe: Callable[..., Path]) -> None:
+    recipe = load_train_recipe(
+        train_recipe(), ("train.samples=8", "train.rules=[]", "train.lr=1e9")
+    )
+    with pytest.raises(UserError, match=r"no number|not finite"):
+        train(recipe)
+    path = recipe.output / page.PAGE
+    found = outline(path)
+    assert "Ended by an error" in found.words
+    assert "(ended by an error)" in found.words
+    assert "Just begun" not in found.words
+    assert "http-equiv" not in path.read_text(encoding="utf-8"), "nothing more will come"
+    last = json.loads((recipe.output / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert last["kind"] == "error"
+    assert last["message"] in found.words
+    with (recipe.output / "metrics.jsonl").open("a", encoding="utf-8") as file:  # it has gone on
+        file.write('{"kind": "train", "samples_seen": 8, "step": 2, "loss": 1.0, "lr": {}}\n')
+    assert "Ended by an error" not in outline(page.write_page(recipe.output)).words
+
+
+def test_tables_of_words_fold_on_a_phone(run: Path) -> None:
+    html = page.write_page(run).read_text(encoding="utf-8")
+    assert '<section class="card plan">' in html
+    assert ".plan td, td:first-child { white-space: normal }" in html
 
 
 def test_a_run_without_evaluation_has_a_page(run: Path) -> None:

@@ -71,6 +71,41 @@ def test_what_knows_nothing_says_so(tiny_model: Callable[[str], Path], tmp_path:
     assert isinstance(call("show", tmp_path / "text.safetensors").exception, DataError)
 
 
+def test_best_stands_for_the_checkpoint_that_it_names(evaluated_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run / "checkpoints", run / "checkpoints")
+    best = run / "checkpoints" / "best"
+    named = best.with_name(json.loads(best.read_text("utf-8"))["checkpoint"])
+    assert Path(answered("show", best)["path"]) == named
+    assert answered("diff", best, named)["keys"] == {}
+    made = answered("export", best, "--format", "single-file", "--to", tmp_path / "x.safetensors")
+    assert made["samples_seen"] == int(named.name)
+    best.write_text('{"checkpoint": "99"}', encoding="utf-8")
+    for command in (("show",), ("diff", run), ("export", "--format", "diffusers", "--to", "x")):
+        error = call(*command, best).exception
+        assert isinstance(error, DataError)
+        assert "names 99, which is not there" in str(error)
+
+
+def test_damaged_files_are_named_and_are_no_bug(
+    evaluated_run: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run / "checkpoints", run / "checkpoints")
+    weights = run / "checkpoints" / "12" / "trained.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    error = call("diff", evaluated_run, run).exception
+    assert isinstance(error, DataError)
+    assert "trained.safetensors is no whole .safetensors file" in str(error)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("sd15"), model)
+    for text in ("{", "[]"):
+        (model / "model_index.json").write_text(text, encoding="utf-8")
+        error = call("export", model, "--format", "diffusers", "--to", tmp_path / "y").exception
+        assert isinstance(error, DataError)
+        assert "model_index.json" in str(error)
+
+
 # --- diff -----------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sdprep.errors import RecipeError
-from sdtrain.sweep import plan_cells
+from sdtrain.sweep import OUTCOME, compare_cells, plan_cells, report
 
 RATE = "train.rules.0.lr"
 
@@ -31,6 +31,22 @@ def test_every_combination_is_a_recipe_of_its_own(train_recipe: Callable[..., Pa
     assert len({cell.key for cell in cells}) == 4
 
 
+def test_values_may_be_tables_and_lists_of_any_length(train_recipe: Callable[..., Path]) -> None:
+    path = train_recipe()
+    rules = [f'[{{ match = "unet.{part}.**", lr = 1e-3 }}]' for part in ("up_blocks", "mid_block")]
+    stops = "{ patience = 2 }, { patience = 3 }"
+    cells = plan_cells(
+        path, [], [f"train.rules={','.join(rules)}", f"validation.stop={stops}"], None
+    )
+    found = [(c.recipe.train.rules[0].match, c.recipe.validation.stop.patience) for c in cells]
+    up, mid = "unet.up_blocks.**", "unet.mid_block.**"
+    assert found == [(up, 2), (up, 3), (mid, 2), (mid, 3)]
+    long = [f'["{"word " * 100}{number}"]' for number in (1, 2)]
+    named = plan_cells(path, [], [f"sampling.prompts={','.join(long)}"], None)
+    assert len({cell.name for cell in named}) == 2
+    assert max(len(cell.name) for cell in named) < 80
+
+
 @pytest.mark.parametrize(
     ("over", "words"),
     [
@@ -41,6 +57,7 @@ def test_every_combination_is_a_recipe_of_its_own(train_recipe: Callable[..., Pa
         ([f"{RATE}=1e-4", f"{RATE}=1e-3"], "every key once"),
         ([f"{RATE}=1e-4,-1"], "must be >= 0"),
         (["train.sampels=1,2"], "sampels"),
+        (["output=a,b"], "a folder of its own"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_runs(
@@ -48,6 +65,21 @@ def test_what_cannot_run_is_said_before_anything_runs(
 ) -> None:
     with pytest.raises(RecipeError, match=words):
         plan_cells(train_recipe(), [], over, None)
+
+
+def test_runs_without_an_evaluation_are_done_all_the_same(
+    train_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = plan_cells(train_recipe(), [], [f"{RATE}=1e-4,1e-3"], tmp_path / "sweep")
+    for cell in cells:
+        cell.output.mkdir(parents=True)
+        kept = {"key": cell.key, "outcome": {"verdict": None}}
+        (cell.output / OUTCOME).write_text(json.dumps(kept), encoding="utf-8")
+    found = compare_cells(cells, {})
+    assert (found["set"], found["lowest"]) == (None, None)
+    assert [run["mean"] for run in found["runs"]] == [None, None]
+    assert report(found).count("was not evaluated") == 2
+    assert "holds no evaluation" in capsys.readouterr().err
 
 
 def sweep(path: Path, *more: str) -> tuple[int, Any, str]:

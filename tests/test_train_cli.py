@@ -49,6 +49,11 @@ def test_every_command_has_help_with_an_example() -> None:
         assert "--json" in result.stdout
 
 
+def test_help_keeps_what_stands_in_brackets() -> None:
+    for name in ("validate", "sample", "grid", "export"):
+        assert "[ema]" in call(name, "--help").stdout, name
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from sdtrain.cli import app\n"

@@ -15,7 +15,7 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Average = Annotated[
     bool,
-    typer.Option("--ema", help="Take the averaged weights of checkpoints of a run with [ema]."),
+    typer.Option("--ema", help=r"Take the averaged weights of checkpoints of a run with \[ema]."),
 ]
 Prompts = Annotated[
     Path, typer.Option(help="Text file, one prompt a line; an empty line is the empty prompt.")

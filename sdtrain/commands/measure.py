@@ -27,7 +27,7 @@ def validate(
     ] = None,
     ema: Annotated[
         bool,
-        typer.Option("--ema", help="Also measure the averaged weights, of runs with [ema]."),
+        typer.Option("--ema", help=r"Also measure the averaged weights, of runs with \[ema]."),
     ] = False,
     settings: Set = None,
     as_json: Json = False,

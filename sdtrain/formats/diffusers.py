@@ -143,11 +143,8 @@ def read_index(path: str, pipeline_class: str, revision: str | None = None) -> d
         local = _download_index(path, revision)
     elif not local.is_file():
         raise UserError(f"{path} is no diffusers folder", "It has no model_index.json.")
-    try:
-        index = json.loads(local.read_text(encoding="utf-8"))
-        found = str(index.get("_class_name"))
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: model_index.json cannot be read", str(error)) from None
+    index = _index_in(path, local)
+    found = str(index.get("_class_name"))
     if found != pipeline_class:
         raise UserError(
             f"{path} holds a {found}, and model.family wants a {pipeline_class}",
@@ -157,9 +154,22 @@ def read_index(path: str, pipeline_class: str, revision: str | None = None) -> d
 
 
 def read_class(path: Path) -> str:
-    """The pipeline that a diffusers folder on this machine is for."""
-    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    return str(index.get("_class_name"))
+    """The pipeline that a diffusers folder on this machine is for.
+
+    Raises:
+        DataError: its index is damaged.
+    """
+    return str(_index_in(str(path), path / "model_index.json").get("_class_name"))
+
+
+def _index_in(path: str, file: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: model_index.json cannot be read", str(error)) from None
+    if not isinstance(index, dict):
+        raise DataError(f"{path}: model_index.json is no object, but {type(index).__name__}")
+    return index
 
 
 def _download_index(path: str, revision: str | None) -> Path:

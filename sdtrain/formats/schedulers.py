@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdprep.errors import DataError
+
 FLOW_PREDICTION = "flow_prediction"
 FLOW_SHIFT = "sdtrain.flow_shift"
 _CLEAN_LAST = {"clip_sample": False, "set_alpha_to_one": False}
@@ -69,7 +71,10 @@ def is_flow_folder(path: Path) -> bool:
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return False
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file} cannot be read", str(error)) from None
     return _says_flow(str(config.get("_class_name")), config)
 
 

@@ -24,6 +24,7 @@ class Config(Section):
     """Prodigy (arXiv:2306.06101): lr = 1 throughout, and no schedule that restarts."""
 
     type: Literal["prodigy"] = "prodigy"
+    finds_its_rates: ClassVar[bool] = True
     refuses_schedules: ClassVar[tuple[str, ...]] = ("restarts",)
     refuses: ClassVar[dict[str, str]] = {
         "lr_scaling": "it finds the size of its steps itself",

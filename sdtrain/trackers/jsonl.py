@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdprep.errors import DataError
+
 
 class JsonlTracker:
     """Appends lines; after a kill the file is cut back to what the checkpoint knows.
@@ -42,12 +44,30 @@ class JsonlTracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics file, in order; a torn last line is left out."""
+    """Every whole line of a metrics file, in order; a torn last line is left out.
+
+    Raises:
+        DataError: another line is no JSON object.
+    """
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")  # names may hold other line ends
+    return [_line(path, at, text) for at, text in enumerate(whole, start=1) if text.strip()]
+
+
+def _line(path: Path, at: int, text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        problem = str(error)
+    else:
+        if isinstance(line, dict):
+            return line
+        problem = "it is no object"
+    raise DataError(
+        f"{path} is damaged in line {at}: {problem}",
+        "Each line is one JSON object; delete that line.",
+    )
 
 
 def _cut_back(path: Path, samples_seen: int | None) -> None:
