@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdprep.errors import DataError, nearest
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from sdtrain.recipe import DataSection
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description", "sentence", "label_text")
+SIDECARS = (".txt", ".caption")
 NO_TEXT = "no text"
 """Column of empty texts that stands in where a set has none and needs none."""
 
@@ -35,7 +37,11 @@ def columns_of(
 
     features = dataset.features
     pictures = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
-    image = _column(section.image_column, "image_column", pictures, ("image",), features)
+    try:
+        image = _column(section.image_column, "image_column", pictures, ("image",), features)
+    except DataError:
+        _refuse_folder(Path(section.path))
+        raise
     texts = [name for name, kind in features.items() if _is_text(kind)]
     try:
         caption = _column(
@@ -43,6 +49,7 @@ def columns_of(
         )
     except DataError:
         if needs_text:
+            _refuse_folder(Path(section.path))
             raise
         caption = NO_TEXT
     if not needs_text:
@@ -50,6 +57,24 @@ def columns_of(
     elif section.image_column is None or section.caption_column is None:
         notes.append(f"pictures are taken from column {image}, texts from column {caption}")
     return image, caption
+
+
+def _refuse_folder(path: Path) -> None:
+    """Say what to do with pictures that have their texts in files beside them.
+
+    Raises:
+        DataError: it is a folder of such.
+    """
+    files = sorted(path.rglob("*")) if path.is_dir() else []
+    beside = [file for file in files if file.suffix.lower() in SIDECARS]
+    if beside:
+        table = f"{path.name or 'pictures'}.lance"
+        raise DataError(
+            f"{path} is a folder of pictures with texts beside them ({beside[0].name}, …), which "
+            "is not a data set yet",
+            f'Make one: sdprep ingest "{path}" "{table}"; sdprep dedup "{table}"; sdprep split '
+            f'"{table}" --validation 0.1. Then set data.path = "{table}".',
+        )
 
 
 def _is_text(kind: Any) -> bool:

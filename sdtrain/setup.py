@@ -35,6 +35,7 @@ from sdtrain.prior import Prior, PriorOrder, WithPrior, open_prior
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule, worst_step_ratio
 from sdtrain.weighting import Weighting
+from sdtrain.wordless import wordless
 from sdtrain.world import ALONE, World
 
 
@@ -280,6 +281,9 @@ def open_setup(recipe: TrainRecipe, world: World = ALONE) -> Setup:
     train = assign(data.train, buckets, recipe.data.max_upscale)
     require_enough(train, "train", len(data.train))
     train = limited(train, data.train.ids, recipe.data.limit, recipe.seed)
+    without_text = wordless(data, train.kept)
+    if without_text is not None:
+        warn(without_text)
     validation = None
     if data.validation is not None:
         validation = assign(data.validation, buckets, recipe.data.max_upscale)

@@ -278,7 +278,7 @@ def compare_cells(cells: Sequence[Cell], failed: dict[str, str]) -> dict[str, An
 
 
 def _measured(cell: Cell) -> dict[str, Measured]:
-    """The evaluations of a finished run; none, and a warning, where it has none that can be read."""
+    """The evaluations of a finished run; none, and a warning, where none can be read."""
     try:
         return find(cell.output)
     except DataError as error:
