@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from sdprep.console import progress, say, talk
+from sdprep.console import progress, say, talk, warn
 from sdtrain import checkpoint, page, resolution, sampling, stable_eval, wording
+from sdtrain.check_facts import precision_conflicts
 from sdtrain.course import BEST, Course, followed, look_back, point_to_best
 from sdtrain.deterministic import deterministic
 from sdtrain.failures import explained, noted
@@ -81,6 +82,8 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(deterministic(recipe.precision.deterministic))
         setup = world.everywhere(lambda: open_setup(recipe, world))
+        for conflict in precision_conflicts(recipe.precision.mixed, setup.device):
+            warn(conflict)
         talk.print(setup.plan.table(), markup=False, soft_wrap=True)
         worst, where = setup.worst_step_ratio
         say(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sdprep.errors import RecipeError
+from sdprep.errors import RecipeError, UserError
 from sdprep.plugins import config_for
 from sdtrain import checkpoint, trainer
 from sdtrain.check import check
@@ -222,3 +223,19 @@ def test_what_would_not_work_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=words.replace("(", r"\(")):
         load_train_recipe(train_recipe(), overrides)
+
+
+def test_a_run_says_what_format_and_device_have_against_each_other(
+    train_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise UserError("stopped here")
+
+    monkeypatch.setattr(trainer, "begin", stop)
+    for mixed, is_told in (("no", False), ("bf16", True)):
+        with pytest.raises(UserError, match="stopped here"):
+            trainer.train(load_train_recipe(train_recipe(), [f"precision.mixed={mixed}"]))
+        said = " ".join(capfd.readouterr().err.split())
+        assert ("is slower than 'no' on most machines" in said) == is_told
