@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdprep.errors import UserError
-from sdtrain.engine import whole
+from sdtrain.tensor_hashes import tensor_hashes
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class FreezePlan:
 
     def frozen_hashes(self) -> dict[str, str]:
         """Hash of every frozen tensor by canonical path."""
-        return {path: tensor_hash(parameter) for path, parameter in self.frozen.items()}
+        return tensor_hashes(self.frozen.items())
 
     def assert_frozen(self, start: Mapping[str, str]) -> None:
         """Check that training left the frozen tensors alone; `start` is `frozen_hashes()` before.
@@ -132,11 +130,3 @@ class FreezePlan:
         now = self.frozen_hashes()
         changed = [path for path, value in now.items() if start[path] != value]
         assert not changed, f"frozen tensors changed: {', '.join(changed[:5])}"
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """Hex of a 128-bit blake2b over a tensor's dtype, shape and bytes."""
-    data = whole(tensor.detach()).to("cpu").contiguous()
-    hasher = blake2b(f"{data.dtype} {tuple(data.shape)} ".encode(), digest_size=16)
-    hasher.update(data.view(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest()

@@ -19,6 +19,7 @@ from typing import Any
 
 from sdprep.console import warn
 from sdprep.errors import UserError
+from sdtrain.stopping import stop_signals
 
 PARENT_PIPE = "SDTRAIN_ENDS_WITH_STDIN"
 GRACE_SECONDS = 15.0
@@ -95,8 +96,7 @@ def _forward_signals(workers: Sequence[subprocess.Popen[bytes]]) -> dict[int, An
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        names = ("SIGINT", "SIGTERM", "SIGBREAK")
-        for each in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        for each in stop_signals():
             before[each] = signal.signal(each, pass_on)
     return before
 

@@ -22,6 +22,7 @@ from sdtrain.buckets import Slot, Step, micro_batches
 from sdtrain.noise import independent_u, stratified_u
 from sdtrain.noise_options import PLAIN, NoiseSection
 from sdtrain.pixels import Crop, CropRule, conditioning_of, crop_view
+from sdtrain.stopping import stop_signals
 from sdtrain.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -258,6 +259,8 @@ def _as_it_is(loaded: Any) -> Any:
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent finishes its step and saves first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and a cluster's SIGTERM every one of the job;
+    # the parent finishes its step and saves first. Workers end with it by themselves.
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -19,11 +19,11 @@ from sdtrain.buckets import Assignment
 from sdtrain.dataset import Rows
 from sdtrain.family import Family
 from sdtrain.forgetting import NAME, PromptOf, open_outside
-from sdtrain.freeze_plan import tensor_hash
 from sdtrain.labels import labels_of
 from sdtrain.lattice import FLAT, NUM_STRATA, PILOT_REPEATS, pilot_points, warp_from_pilot
 from sdtrain.probe import PROBE_FILE, Probe, ProbeImage
 from sdtrain.stable_eval import Point, ProbeSet
+from sdtrain.tensor_hashes import tensor_hashes
 
 if TYPE_CHECKING:
     from sdtrain.setup import Setup
@@ -254,7 +254,7 @@ def plain_probe(
 def vae_hash(family: Family) -> str:
     """Hash of the tensors that make latents of pictures."""
     tensors = sorted(family.parts["vae"].state_dict().items())
-    return digest("vae", *(tensor_hash(tensor) for _, tensor in tensors))
+    return digest("vae", *tensor_hashes(tensors).values())
 
 
 def with_pilot(plain: ProbeSet) -> Probe:

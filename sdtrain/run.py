@@ -20,11 +20,12 @@ from sdtrain.course import Course, meant
 from sdtrain.cut_text import CutText
 from sdtrain.debias import LossFit
 from sdtrain.engine import laid_out_like
-from sdtrain.freeze_plan import FreezePlan, tensor_hash
+from sdtrain.freeze_plan import FreezePlan
 from sdtrain.phases import PhaseSwitch, resting_left_out
 from sdtrain.precision import Rounding, seen_as_float32
 from sdtrain.run_folder import RunFolder, versions
 from sdtrain.setup import Setup
+from sdtrain.tensor_hashes import tensor_hash, tensor_hashes
 
 SCALER_START = 2.0**16
 SCALER_GROWTH_SAMPLES = 500_000
@@ -119,8 +120,9 @@ class Run:
     def part_hashes(self) -> dict[str, str]:
         """One hash of everything that trains in each part."""
         by_part: dict[str, list[str]] = {}
-        for path in sorted(self.trained):
-            by_part.setdefault(path.split(".")[0], []).append(tensor_hash(self.trained[path]))
+        hashes = tensor_hashes((path, self.trained[path]) for path in sorted(self.trained))
+        for path, value in hashes.items():
+            by_part.setdefault(path.split(".")[0], []).append(value)
         return {part: digest(part, *hashes) for part, hashes in by_part.items()}
 
     def check_what_moved(self) -> None:

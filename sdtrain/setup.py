@@ -25,7 +25,7 @@ from sdtrain.compiling import compile_blocks, require_compiler
 from sdtrain.dataset import TrainingData, open_data, policy_words, renderer
 from sdtrain.engine import Engine
 from sdtrain.family import Family, Loss
-from sdtrain.freeze_plan import FreezePlan, tensor_hash
+from sdtrain.freeze_plan import FreezePlan
 from sdtrain.freezing import build_plan
 from sdtrain.loader import BatchReader, MicroBatch, plan_micro_batches
 from sdtrain.loss_masks import BoxCensus, over_all_latents, take_census
@@ -34,6 +34,7 @@ from sdtrain.precision import narrow
 from sdtrain.prior import Prior, PriorOrder, WithPrior, open_prior
 from sdtrain.recipe import TrainRecipe
 from sdtrain.schedule import Schedule, worst_step_ratio
+from sdtrain.tensor_hashes import tensor_hashes
 from sdtrain.weighting import Weighting
 from sdtrain.wordless import wordless
 from sdtrain.world import ALONE, World
@@ -320,7 +321,7 @@ def open_model(
         revision=model.revision,
     )
     narrow(family, recipe.precision)
-    hashes = {path: tensor_hash(tensor) for path, tensor in family.named_parameters()}
+    hashes = tensor_hashes(family.named_parameters())
     adapter = recipe.adapter.build()
     train = recipe.train
     plan = build_plan(

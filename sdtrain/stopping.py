@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from sdprep.console import say
+
+SAME_REQUEST_S = 10.0
+"""A second SIGTERM so soon is the first one on another way: clusters send it to every process of a
+job, and launchers pass on what they got."""
+
+
+def stop_signals() -> list[int]:
+    """What asks a program to end; Ctrl-Break is on Windows alone."""
+    names = ("SIGINT", "SIGTERM", "SIGBREAK")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -21,11 +32,11 @@ class StopRequest:
         self.is_set = False
         self._what = what
         self._before: dict[int, Any] = {}
+        self._asked_at = 0.0
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            names = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last one on Windows: Ctrl-Break
-            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            for number in stop_signals():
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -40,7 +51,10 @@ class StopRequest:
         self._before = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.is_set:
+            if number == signal.SIGTERM and now - self._asked_at < SAME_REQUEST_S:
+                return
             raise KeyboardInterrupt
-        self.is_set = True
+        self.is_set, self._asked_at = True, now
         say(f"asked to stop: {self._what} (ask again to stop at once)")

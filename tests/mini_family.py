@@ -14,9 +14,10 @@ from sdtrain import hand_over
 from sdtrain import setup as setup_module
 from sdtrain.batch import MicroConditioning
 from sdtrain.ddpm import objective_from_scheduler
-from sdtrain.freeze_plan import FreezePlan, tensor_hash
+from sdtrain.freeze_plan import FreezePlan
 from sdtrain.freezing import build_plan
 from sdtrain.recipe import TrainRecipe
+from sdtrain.tensor_hashes import tensor_hashes
 
 WIDTH = 24
 LETTERS = 128
@@ -152,7 +153,7 @@ def open_mini(
 ) -> tuple[Any, Any, dict[str, str], FreezePlan]:
     """In place of `sdtrain.setup.open_model`: this family, whatever the recipe's path says."""
     family: Any = MiniFamily()
-    hashes = {path: tensor_hash(tensor) for path, tensor in family.named_parameters()}
+    hashes = tensor_hashes(family.named_parameters())
     adapter = recipe.adapter.build()
     return family, adapter, hashes, build_plan(family, recipe.train.rules, adapter)
 

@@ -16,11 +16,12 @@ from sdprep.errors import UserError
 from sdprep.plugins import config_for
 from sdtrain.adapters.full import Full
 from sdtrain.families.sdxl import StableDiffusionXL
-from sdtrain.freeze_plan import FreezePlan, tensor_hash
+from sdtrain.freeze_plan import FreezePlan
 from sdtrain.freezing import Rule, build_plan
 from sdtrain.globs import matches, nearest_paths
 from sdtrain.losses.mse import mse
 from sdtrain.step import denoising_loss
+from sdtrain.tensor_hashes import tensor_hash
 from tests.full_size import sdxl_unet
 from tests.tiny import load_tiny, tiny_batch
 

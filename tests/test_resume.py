@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from sdprep.errors import UserError
-from sdtrain import checkpoint, trainer
+from sdtrain import checkpoint, stopping, trainer
 from sdtrain.recipe import load_train_recipe
 from sdtrain.run_folder import RunFolder
+from sdtrain.stopping import StopRequest
 from sdtrain.trackers.jsonl import read_metrics
 
 torch.set_num_threads(1)
@@ -205,6 +206,46 @@ def test_two_processes_do_not_write_one_run(train_recipe: Recipe) -> None:
 
 def command(path: Path) -> list[str]:
     return [sys.executable, "-m", "sdtrain.cli", "run", str(path), "--json"]
+
+
+def test_what_reaches_every_process_of_a_job_stops_it_gently(train_recipe: Recipe) -> None:
+    """As clusters end a job: SIGTERM to program and loaders, and once more by a launcher."""
+    path = train_recipe()
+    settings = ["train.samples=400", "data.workers=2", "checkpoint.every_samples=400"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    process = subprocess.Popen(
+        [*command(path), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not read_metrics(path.parent / "run" / "metrics.jsonl"):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    stopped = json.loads(out)
+    assert not stopped["is_finished"]
+    assert stopped["checkpoint"]
+    assert stopped["samples_seen"] > 0
+
+
+def test_asked_twice_it_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # the same request, on another way
+        assert stop.is_set
+        monkeypatch.setattr(stopping, "SAME_REQUEST_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.slow

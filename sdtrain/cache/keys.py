@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdprep.buckets import Bucket
 from sdprep.seeding import digest, key_text
-from sdtrain.freeze_plan import tensor_hash
 from sdtrain.pixels import Crop
+from sdtrain.tensor_hashes import tensor_hashes
 
 if TYPE_CHECKING:
     from sdtrain.cache.section import CacheSection
@@ -38,7 +38,8 @@ def vae_fingerprint(family: Family) -> str:
     config = dict(getattr(vae, "config", {}))
     structure = {k: v for k, v in config.items() if k not in _SCALES and not k.startswith("_")}
     text = json.dumps(structure, sort_keys=True, default=str)
-    return digest("vae", text, *(f"{name} {tensor_hash(tensor)}" for name, tensor in tensors))
+    hashes = tensor_hashes(tensors)
+    return digest("vae", text, *(f"{name} {hash_}" for name, hash_ in hashes.items()))
 
 
 def latents_kind(family: Family, section: CacheSection) -> str:

@@ -21,8 +21,8 @@ from sdtrain.ddpm import DdpmObjective, objective_from_scheduler
 from sdtrain.flow import FlowObjective
 from sdtrain.formats import diffusers as diffusers_folder
 from sdtrain.formats.schedulers import ddpm_scheduler, is_edm, is_flow
-from sdtrain.freeze_plan import tensor_hash
 from sdtrain.paths import canonical_path, is_adapter
+from sdtrain.tensor_hashes import tensor_hashes
 from sdtrain.text import (
     ChunkText,
     Convention,
@@ -300,7 +300,8 @@ class StableDiffusion:
             network: Any = self.parts[encoder]
             tokenizer = self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
             parts += [encoder, tokenizer_digest(tokenizer), _plain(network.config.to_dict())]
-            parts += [tensor_hash(t) for path, t in tensors if path.split(".")[0] == encoder]
+            own = ((path, t) for path, t in tensors if path.split(".")[0] == encoder)
+            parts += tensor_hashes(own).values()
         return digest("text encoders", *parts)
 
     def _predict(
