@@ -24,6 +24,7 @@ class Config(Section):
     """Prodigy (arXiv:2306.06101): lr = 1 throughout, and no schedule that restarts."""
 
     type: Literal["prodigy"] = "prodigy"
+    shapes_state: ClassVar[tuple[str, ...]] = ("slice_p",)
     refuses_schedules: ClassVar[tuple[str, ...]] = ("restarts",)
     refuses: ClassVar[dict[str, str]] = {
         "lr_scaling": "it finds the size of its steps itself",
