@@ -122,7 +122,7 @@ def _open(
         raise ImageRejected("too_many_pixels", f"{width}x{height}, allowed are {max_pixels:,}")
     mode, frames = lazy.mode, int(getattr(lazy, "n_frames", 1))
     if frames > 1 and name in ANIMATIONS and not first_frame:
-        raise ImageRejected("animated", f"{frames} frames; --first-frame takes the first")
+        raise ImageRejected("animated", f"{frames} frames; sdprep ingest --first-frame takes one")
     stored = vars(lazy)["tag_v2"].get(_ORIENTATION_TAG, 1) if name == "TIFF" else None
     lazy.load()
     orientation, exif_is_good = _orientation(lazy, stored)

@@ -224,7 +224,8 @@ def open_splits(section: DataSection, *, is_published: bool, needs_text: bool = 
         if ignored:
             notes.append(f"splits not used: {', '.join(ignored)}")
     rows = [_open_split(loaded[name], name, columns, notes, needs_text) for name in names]
-    revision = section.revision or _revision(loaded["train"])
+    is_here = Path(section.path).exists()  # a revision then says nothing about it
+    revision = None if is_here else section.revision or _revision(loaded["train"])
     return Splits(rows[0], rows[1] if len(rows) > 1 else None, revision, notes)
 
 

@@ -207,20 +207,32 @@ class Run:
         found = {path: self.setup.engine.take(tensor) for path, tensor in tensors.items()}
         return {path: tensor.clone() if copy else tensor for path, tensor in found.items()}
 
+    def _can_use_state_of(self, saved: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's optimizer kept what this one keeps; says so if it did not."""
+        own = self.setup.recipe.optimizer
+        keys = ("type", *getattr(own, "shapes_state", ()))
+        changed = [key for key in keys if saved.get(key) != getattr(own, key)]
+        if changed:
+            what = ", ".join(f"{k} {saved.get(k)!r} -> {getattr(own, k)!r}" for k in changed)
+            say(f"the optimizer begins afresh, without the checkpoint's moments: {what}")
+        return not changed
+
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
         """Go on from a checkpoint."""
         state = snapshot.state
         load_trained(self.setup.plan, snapshot.trained)
-        point = snapshot.more.get("training_point", {})
+        has_same_optimizer = self._can_use_state_of(state["conditions"]["optimizer"])
+        point = snapshot.more.get("training_point", {}) if has_same_optimizer else {}
         put({path: value for path, value in point.items() if path in self.trained}, self.trained)
         if self.ema is not None:
             self.ema.restart(self.trained, snapshot.more.get("ema"))
         if self.rounding is not None:
             self.rounding.restore(snapshot.more.get("kahan", {}))
-        with seen_as_float32(self.trained) if self.rounding else nullcontext():
-            checkpoint.restore_optimizer(
-                self.optimizer, self.names, snapshot.optimizer, state["optimizer"]
-            )
+        if has_same_optimizer:
+            with seen_as_float32(self.trained) if self.rounding else nullcontext():
+                checkpoint.restore_optimizer(
+                    self.optimizer, self.names, snapshot.optimizer, state["optimizer"]
+                )
         self.samples_seen, self.step = snapshot.samples_seen, int(state["step"])
         self.effort, self.evaluations = dict(state["effort"]), list(state["evaluations"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])

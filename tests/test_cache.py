@@ -246,7 +246,10 @@ def test_verify_names_a_flipped_byte_and_repair_has_it_encoded_anew(train_recipe
     assert found["text"]["bad"] == []
     with pytest.raises(DataError, match=f"{victim.label} is damaged"):
         trained(train_recipe(output="stops"), *CACHED)
-    assert len(verify(setup_of(path), repair=True)["latents"]["bad"]) == 1
+    done = CliRunner().invoke(app, ["cache", "verify", str(path), "--json", "--repair", *sets])
+    assert done.exit_code == 0, done.exception  # nothing is left to mend
+    assert f"{victim.label}: its checksum differs" in " ".join(done.stderr.split())
+    assert len(json.loads(done.stdout)["latents"]["bad"]) == 1
     assert fill(setup_of(path))["latents"]["missing"] == 1
     assert verify(setup_of(path))["latents"]["bad"] == []
 

@@ -227,8 +227,9 @@ def test_what_is_said_of_columns_and_revisions_to_no_effect_is_noted(
         "caption_column = 'text' is not used: columns of a prepared set are known",
     ]
     for path in (prepared_folder, hub_set(tmp_path / "saved", {"text": ["a", "b"]})):
-        notes = opened(path, revision="v1").notes
-        assert f"revision = 'v1' is not used: {path} is on this disk" in notes
+        data = opened(path, revision="v1")
+        assert f"revision = 'v1' is not used: {path} is on this disk" in data.notes
+        assert data.provenance["revision"] is None
         assert not any("is not used" in note for note in opened(path).notes)
 
 

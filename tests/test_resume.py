@@ -20,7 +20,9 @@ import torch
 from sdprep.errors import UserError
 from sdtrain import checkpoint, stopping, trainer
 from sdtrain.recipe import load_train_recipe
+from sdtrain.run import begin
 from sdtrain.run_folder import RunFolder
+from sdtrain.setup import open_setup
 from sdtrain.stopping import StopRequest
 from sdtrain.trackers.jsonl import read_metrics
 
@@ -128,6 +130,40 @@ def test_a_finished_run_stays_as_it_is(train_recipe: Recipe) -> None:
     assert run(path, "train.samples=5") == first
     after = {p: p.stat().st_mtime_ns for p in (path.parent / "run").rglob("*") if p.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "package"),
+    [
+        ("{type='adamw'}", "{type='adafactor'}", "transformers"),
+        ("{type='adamw'}", "{type='lion'}", "bitsandbytes"),
+        ("{type='schedule_free'}", "{type='adamw'}", "schedulefree"),
+        ("{type='prodigy',slice_p=11}", "{type='prodigy',slice_p=5}", "prodigyopt"),
+    ],
+)
+def test_another_optimizer_begins_afresh_and_says_so(
+    train_recipe: Recipe,
+    before: str,
+    after: str,
+    package: str,
+    stop_after: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip(package)
+    path, constant = train_recipe(), ("schedule.type=constant", "train.samples=12")
+    stop_after(2)
+    stopped = run(path, f"optimizer={before}", *constant)
+    assert stopped.checkpoint is not None
+    used = checkpoint.read_trained(Path(stopped.checkpoint))
+    recipe = load_train_recipe(path, [f"optimizer={after}", *constant])
+    going_on = begin(
+        open_setup(recipe), RunFolder(recipe.output), resume="auto", accept=["optimizer"]
+    )
+    assert "the optimizer begins afresh" in " ".join(capsys.readouterr().err.split())
+    assert not going_on.optimizer.state
+    assert all(torch.equal(going_on.trained[name].data, value) for name, value in used.items())
+    end = run(path, f"optimizer={after}", *constant, accept=["optimizer"])
+    assert end.samples_seen == 12
 
 
 def test_a_changed_recipe_is_refused_until_it_is_accepted(train_recipe: Recipe) -> None:

@@ -91,10 +91,10 @@ def _verified(found: dict[str, Any], repair: bool, as_json: bool) -> None:
                 f"{part['encoded_again']:,} encoded again{moved}",
                 markup=False,
             )
-    if bad and repair:
-        say(f"{len(bad)} bad entries were dropped; sdtrain cache RECIPE encodes them anew")
-    if bad:
-        raise DataError(
-            f"{found['path']}: {len(bad)} bad entries\n  " + "\n  ".join(bad),
-            "" if repair else "sdtrain cache verify RECIPE --repair drops them.",
-        )
+    if not bad:
+        return
+    words = f"{found['path']}: {len(bad)} bad entries\n  " + "\n  ".join(bad)
+    if not repair:
+        raise DataError(words, "sdtrain cache verify RECIPE --repair drops them.")
+    say(words)
+    say(f"{len(bad)} bad entries were dropped; sdtrain cache RECIPE encodes them anew")

@@ -25,6 +25,7 @@ class Config(Section):
 
     type: Literal["prodigy"] = "prodigy"
     finds_its_rates: ClassVar[bool] = True
+    shapes_state: ClassVar[tuple[str, ...]] = ("slice_p",)
     refuses_schedules: ClassVar[tuple[str, ...]] = ("restarts",)
     refuses: ClassVar[dict[str, str]] = {
         "lr_scaling": "it finds the size of its steps itself",
