@@ -20,6 +20,7 @@ from sdprep.errors import DataError, UserError
 from sdtrain import checkpoint
 from sdtrain.grid import Axes, Row, draw_row, spread_in, write_grid
 from sdtrain.in_turn import Candidate, InTurn, of_checkpoint
+from sdtrain.outputs import require_folder
 from sdtrain.recipe import load_train_recipe
 from sdtrain.run_folder import RunFolder
 from sdtrain.stopping import StopRequest
@@ -61,6 +62,7 @@ class Follower:
             raise UserError(
                 f"--to {to} lies inside the run that is followed", "Nothing is written there."
             )
+        require_folder(to)
         recipe = load_train_recipe(self.run.recipe)
         self.base = Candidate(BASE, recipe)
         self.axes = axes.filled(recipe)

@@ -19,10 +19,13 @@ import torch
 from sdprep.errors import DataError
 from sdtrain.course import meant
 from sdtrain.debias import PRIOR, features
+from sdtrain.outputs import require_file
 from sdtrain.probe_sets import plain_probe
 from sdtrain.recipe import TrainRecipe
 from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet
+
+ENDINGS = (".png", ".svg", ".pdf")
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,7 +160,12 @@ def _measured(setup: Setup, num_images: int, num_levels: int) -> Curve:
 def loss_curve(
     recipe: TrainRecipe, checkpoint: Path | None, num_images: int, num_levels: int, to: Path
 ) -> dict[str, Any]:
-    """Measure, draw, and write the numbers beside the picture; what `--json` prints."""
+    """Measure, draw, and write the numbers beside the picture; what `--json` prints.
+
+    Raises:
+        UserError: `to` is no picture's name, or cannot be written.
+    """
+    require_file(to, ENDINGS)
     checkpoint = None if checkpoint is None else meant(checkpoint)
     curve = measure(recipe, checkpoint, num_images, num_levels)
     to.parent.mkdir(parents=True, exist_ok=True)

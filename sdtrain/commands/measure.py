@@ -17,8 +17,8 @@ def validate(
         list[Path],
         typer.Option(
             "--checkpoint",
-            help="RUN/checkpoints/SAMPLES or best, a diffusers folder, a single file, or a LoRA. "
-            "Repeats.",
+            help="RUN/checkpoints/SAMPLES or best, a run for its newest, a diffusers folder, a "
+            "single file, or a LoRA. Repeats.",
         ),
     ],
     to: Annotated[
