@@ -291,7 +291,7 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
     per_image = {
         name: (16 if count < 16 else 4)
         if wanted.timesteps_per_image == "auto"
-        else wanted.timesteps_per_image
+        else int(wanted.timesteps_per_image)
         for name, count in images.items()
     }
     forwards = {name: images[name] * per_image[name] for name in images}

@@ -167,7 +167,9 @@ class Follower:
         return [(place.name, about["source"])] if about["axes"] == self._axes_as_json() else []
 
     def _axes_as_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(json.dumps({**asdict(self.axes), "space": self.space}))
+        # The run, too: rows of another one that was followed into this folder are no rows of it.
+        own = {**asdict(self.axes), "space": self.space, "run": str(self.run.path.resolve())}
+        found: dict[str, Any] = json.loads(json.dumps(own))
         return found
 
 
