@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from sdprep.errors import DataError
-from sdtrain.course import meant
 from sdtrain.debias import PRIOR, features
 from sdtrain.outputs import require_file
 from sdtrain.probe_sets import plain_probe
 from sdtrain.recipe import TrainRecipe
+from sdtrain.sampling import checkpoint_folder
 from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet
 
@@ -164,9 +164,10 @@ def loss_curve(
 
     Raises:
         UserError: `to` is no picture's name, or cannot be written.
+        DataError: `checkpoint` is neither a checkpoint of a run nor a run with one.
     """
     require_file(to, ENDINGS)
-    checkpoint = None if checkpoint is None else meant(checkpoint)
+    checkpoint = None if checkpoint is None else checkpoint_folder(checkpoint)
     curve = measure(recipe, checkpoint, num_images, num_levels)
     to.parent.mkdir(parents=True, exist_ok=True)
     draw(curve, to)
