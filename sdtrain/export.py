@@ -19,6 +19,7 @@ from sdtrain.formats.lora_keys import write_diffusers, write_kohya
 from sdtrain.formats.modelspec import modelspec, training_record, write_hash
 from sdtrain.formats.schedulers import flow_notes, is_flow_folder
 from sdtrain.formats.single_file import DTYPES, cast, single_file_tensors, write_single_file
+from sdtrain.outputs import require_folder
 
 Format = Literal["single-file", "diffusers", "lora-kohya", "lora-diffusers"]
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -112,6 +113,7 @@ def _target(form: str, to: Path) -> Path:
     target = to if is_file or form == "diffusers" else to / LORA_FILE
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UserError(f"{target} is there already", "Delete it first, or name another place.")
+    require_folder(target if form == "diffusers" else target.parent)
     return target
 
 

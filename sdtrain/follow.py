@@ -20,6 +20,7 @@ from sdprep.errors import DataError, UserError
 from sdtrain import checkpoint
 from sdtrain.grid import Axes, Row, draw_row, spread_in, write_grid
 from sdtrain.in_turn import Candidate, InTurn, of_checkpoint
+from sdtrain.outputs import require_folder
 from sdtrain.recipe import load_train_recipe
 from sdtrain.run_folder import RunFolder
 from sdtrain.stopping import StopRequest
@@ -61,6 +62,7 @@ class Follower:
             raise UserError(
                 f"--to {to} lies inside the run that is followed", "Nothing is written there."
             )
+        require_folder(to)
         recipe = load_train_recipe(self.run.recipe)
         self.base = Candidate(BASE, recipe)
         self.axes = axes.filled(recipe)
@@ -165,7 +167,9 @@ class Follower:
         return [(place.name, about["source"])] if about["axes"] == self._axes_as_json() else []
 
     def _axes_as_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(json.dumps({**asdict(self.axes), "space": self.space}))
+        # The run, too: rows of another one that was followed into this folder are no rows of it.
+        own = {**asdict(self.axes), "space": self.space, "run": str(self.run.path.resolve())}
+        found: dict[str, Any] = json.loads(json.dumps(own))
         return found
 
 

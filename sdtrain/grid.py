@@ -16,6 +16,7 @@ from sdtrain import contact_sheet, samplers, variety
 from sdtrain.family import Family
 from sdtrain.grid_page import write_grid_page
 from sdtrain.in_turn import Candidate, InTurn, candidates
+from sdtrain.outputs import require_file
 from sdtrain.recipe import TrainRecipe
 from sdtrain.sample_files import save_whole, shown
 from sdtrain.sampling import Drawing, Style, drawings_of
@@ -185,6 +186,7 @@ def draw_grid(
     """
     if to.suffix.lower() not in SUFFIXES:
         raise UserError(f"{to} is no picture's name", f"End it in {', '.join(SUFFIXES)}.")
+    require_file(to, SUFFIXES)
     wanted = candidates(paths, ema=ema)
     axes = axes.filled(wanted[0].recipe)
     spread, space = spread_in(embedding, device)

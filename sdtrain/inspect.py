@@ -19,6 +19,7 @@ from sdtrain.buckets import Slot
 from sdtrain.cut_text import CutText
 from sdtrain.inspect_page import page_of
 from sdtrain.loader import MicroBatch, load
+from sdtrain.outputs import require_folder
 from sdtrain.pixels import picture_of
 from sdtrain.prior import PREFIX
 from sdtrain.setup import Setup
@@ -43,8 +44,11 @@ def inspect(setup: Setup, to: Path, num_steps: int) -> dict[str, Any]:
 
     Returns:
         path of the page, every sample as in `samples.json`, and every step.
+
+    Raises:
+        UserError: `to` can be no folder.
     """
-    to.mkdir(parents=True, exist_ok=True)
+    require_folder(to).mkdir(parents=True, exist_ok=True)
     samples: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
     for index, parts in enumerate(_parts(setup, num_steps)):

@@ -17,12 +17,15 @@ import numpy as np
 import torch
 
 from sdprep.errors import DataError
-from sdtrain.course import meant
 from sdtrain.debias import PRIOR, features
+from sdtrain.outputs import require_file
 from sdtrain.probe_sets import plain_probe
 from sdtrain.recipe import TrainRecipe
+from sdtrain.sampling import checkpoint_folder
 from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet
+
+ENDINGS = (".png", ".svg", ".pdf")
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,8 +160,14 @@ def _measured(setup: Setup, num_images: int, num_levels: int) -> Curve:
 def loss_curve(
     recipe: TrainRecipe, checkpoint: Path | None, num_images: int, num_levels: int, to: Path
 ) -> dict[str, Any]:
-    """Measure, draw, and write the numbers beside the picture; what `--json` prints."""
-    checkpoint = None if checkpoint is None else meant(checkpoint)
+    """Measure, draw, and write the numbers beside the picture; what `--json` prints.
+
+    Raises:
+        UserError: `to` is no picture's name, or cannot be written.
+        DataError: `checkpoint` is neither a checkpoint of a run nor a run with one.
+    """
+    require_file(to, ENDINGS)
+    checkpoint = None if checkpoint is None else checkpoint_folder(checkpoint)
     curve = measure(recipe, checkpoint, num_images, num_levels)
     to.parent.mkdir(parents=True, exist_ok=True)
     draw(curve, to)

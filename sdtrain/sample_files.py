@@ -142,9 +142,12 @@ def read_prompts(path: Path) -> list[str]:
         UserError: the file cannot be read or is empty.
     """
     try:
-        prompts = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts {path}: {error}") from None
-    if not prompts:
-        raise UserError(f"{path} is empty", "Write one prompt a line; an empty line is none.")
-    return [prompt.strip() for prompt in prompts]
+    if not text:
+        raise UserError(
+            f"{path} is empty", "Write one prompt a line; an empty line is the empty prompt."
+        )
+    # str.splitlines would also split at separators that prompts may hold, such as U+2028.
+    return [prompt.strip() for prompt in text.removesuffix("\n").split("\n")]

@@ -20,6 +20,7 @@ from sdtrain import checkpoint, samplers, variety
 from sdtrain.course import meant
 from sdtrain.family import Family
 from sdtrain.noise import noise_for
+from sdtrain.outputs import require_folder
 from sdtrain.pixels import picture_of
 from sdtrain.run_folder import RunFolder
 from sdtrain.sample_files import draw_grid, save_pictures
@@ -247,6 +248,7 @@ def sample_checkpoint(
     Returns:
         path, samples_seen and the pictures with their prompts.
     """
+    require_folder(to)
     found = checkpoint_folder(path)
     recipe, family, samples_seen = load_checkpoint(found, device, ema=ema)
     given = {

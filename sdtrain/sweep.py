@@ -26,6 +26,7 @@ from sdprep.seeding import digest
 from sdtrain.compare import Pair, compare_measured
 from sdtrain.launch import PARENT_PIPE
 from sdtrain.matrices import Measured, find
+from sdtrain.outputs import require_folder
 from sdtrain.recipe import TrainRecipe, load_train_recipe
 from sdtrain.stopping import StopRequest
 from sdtrain.toml_text import toml_line
@@ -93,7 +94,7 @@ def plan_cells(
             "--over: expected at least one key=value,value,… and every key once",
             "Such as --over train.lr=1e-6,3e-6 --over data.batch_size=4,16.",
         )
-    folder = to or _sweep_folder(path, settings)
+    folder = require_folder(to or _sweep_folder(path, settings))
     cells = []
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
@@ -278,7 +279,7 @@ def compare_cells(cells: Sequence[Cell], failed: dict[str, str]) -> dict[str, An
 
 
 def _measured(cell: Cell) -> dict[str, Measured]:
-    """The evaluations of a finished run; none, and a warning, where none can be read."""
+    """The evaluations of a finished run; none, with a warning, where there are none to read."""
     try:
         return find(cell.output)
     except DataError as error:

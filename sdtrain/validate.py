@@ -19,6 +19,7 @@ from sdtrain.family import Family
 from sdtrain.foreign import MODEL_INDEX, kind_of, with_adapter
 from sdtrain.formats.single_file import is_single_file
 from sdtrain.matrices import Measured
+from sdtrain.outputs import require_folder
 from sdtrain.probe import Probe
 from sdtrain.probe_sets import find_probes
 from sdtrain.run import load_trained
@@ -39,8 +40,8 @@ def validate_checkpoints(
 
     Args:
         recipe: a training recipe; its data and base model are used.
-        paths: checkpoints of this recipe's model (`RUN/checkpoints/N`), diffusers folders, single
-            files, or LoRAs, which are put on the recipe's model.
+        paths: checkpoints of this recipe's model (`RUN/checkpoints/N`, or RUN for its newest),
+            diffusers folders, single files, or LoRAs, which are put on the recipe's model.
         to: folder for `<probe_id>/<checkpoint>.npz`; default: the recipe's output with
             `-validate` behind it, so that a run's own record stays as it is.
         ema: also measure the average that each checkpoint holds, as `<checkpoint>-ema`.
@@ -52,7 +53,8 @@ def validate_checkpoints(
         DataError: a checkpoint belongs to another model or holds no average that was asked for, or
             there is nothing to evaluate on.
     """
-    paths = [meant(path) for path in paths]
+    folder = require_folder(to or recipe.output.with_name(f"{recipe.output.name}-validate"))
+    paths = [_newest_of_run(meant(path)) for path in paths]
     labels, kinds = _labels(paths), [kind_of(path) for path in paths]
     states = [
         checked_state(p) if k == "checkpoint" else None for p, k in zip(paths, kinds, strict=True)
@@ -63,7 +65,6 @@ def validate_checkpoints(
     for path, state in zip(paths, states, strict=True):
         if state is not None:
             must_fit(path, state, setup)
-    folder = to or recipe.output.with_name(f"{recipe.output.name}-validate")
     probes = find_probes(setup, recipe.output / "validation")
     if not probes:
         raise DataError(
@@ -126,6 +127,13 @@ def _with_base(
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
+
+
+def _newest_of_run(path: Path) -> Path:
+    """The newest checkpoint of a run folder; any other path as it is."""
+    if (path / checkpoint.STATE).is_file() or (path / MODEL_INDEX).is_file():
+        return path
+    return (checkpoint.checkpoints(path / "checkpoints") or [path])[-1]
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -289,6 +289,18 @@ def test_other_columns_are_drawn_anew_and_a_stop_ends_after_a_row(
     assert other.look(lambda: False) == ["base", "8", "12"]
 
 
+def test_another_run_followed_into_the_same_folder_is_not_mixed_in(
+    run: Path, tmp_path: Path
+) -> None:
+    other, to = tmp_path / "other run", tmp_path / "out"
+    shutil.copytree(run, other)
+    shutil.rmtree(other / "checkpoints" / "8")
+    assert Follower(run, SHORT, to).look(lambda: False) == ["base", "8", "12"]
+    second = Follower(other, SHORT, to)
+    assert second.look(lambda: False) == ["base", "12"]  # its base may be another model
+    assert [row.label for row in second.rows()] == ["base", "other run @ 12"]
+
+
 def test_what_cannot_be_followed_is_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lies inside the run"):
         Follower(run, SHORT, run / "samples" / "mine")

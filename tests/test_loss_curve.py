@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sdprep.errors import DataError
-from sdtrain.loss_curve import SEED_STUDY, curve_of
+from sdtrain.loss_curve import SEED_STUDY, curve_of, loss_curve
 from sdtrain.recipe import load_train_recipe
 from sdtrain.setup import open_setup
 
@@ -54,6 +54,16 @@ def test_bins_hold_every_loss_once() -> None:
     assert np.mean([each["loss"] for each in bins]) == pytest.approx(curve.loss.mean())
     assert all(each["p10"] < each["loss"] < each["p90"] for each in bins)
     assert list(SEED_STUDY) == sorted(SEED_STUDY)
+
+
+def test_a_run_stands_for_its_newest_checkpoint_and_a_model_is_refused(
+    evaluated_run: Path, tmp_path: Path
+) -> None:
+    recipe = load_train_recipe(evaluated_run / "recipe.toml")
+    found = loss_curve(recipe, evaluated_run, 2, 3, tmp_path / "curve.png")
+    assert found["model"] == str(evaluated_run / "checkpoints" / "12")
+    with pytest.raises(DataError, match="neither a checkpoint nor a run folder"):
+        loss_curve(recipe, evaluated_run / "model", 2, 3, tmp_path / "curve.png")
 
 
 @pytest.mark.slow

@@ -117,6 +117,8 @@ def test_prompts_are_one_a_line_and_an_empty_line_is_the_empty_prompt(tmp_path: 
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffred car\r\n\r\n日本 \n".encode())
     assert read_prompts(file) == ["red car", "", "日本"]
+    file.write_text("a dog\u2028a cat\n\n", encoding="utf-8")
+    assert read_prompts(file) == ["a dog\u2028a cat", ""]
     file.write_bytes(b"")
     with pytest.raises(UserError, match="is empty"):
         read_prompts(file)

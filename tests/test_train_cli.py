@@ -208,6 +208,40 @@ def test_inspect_shows_what_the_model_sees(train_recipe: Recipe, tmp_path: Path)
     }
 
 
+TO = {
+    "validate": ("validate", "RECIPE", "--checkpoint", "x"),
+    "sweep": ("sweep", "RECIPE", "--over", "seed=1,2"),
+    "loss-curve": ("loss-curve", "RECIPE"),
+    "inspect": ("inspect", "RECIPE"),
+    "export": ("export", "RUN", "--format", "single-file"),
+    "sample": ("sample", "RUN", "--prompts", "PROMPTS"),
+    "grid": ("grid", "RUN", "--prompts", "PROMPTS"),
+    "follow": ("grid", "--follow", "RUN", "--prompts", "PROMPTS"),
+}
+FILES = {"loss-curve": "x.png", "export": "x.safetensors", "grid": "x.png"}
+
+
+@pytest.mark.parametrize("name", list(TO))
+def test_a_file_where_a_folder_is_needed_is_said_at_once(
+    train_recipe: Recipe, evaluated_run: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n", encoding="utf-8")
+    places = {"RECIPE": train_recipe(), "RUN": evaluated_run, "PROMPTS": tmp_path / "prompts.txt"}
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    to = tmp_path / "taken" / FILES.get(name, "")
+    error = call(*(places.get(word, word) for word in TO[name]), "--to", to).exception
+    assert isinstance(error, UserError)
+    assert "is a file, where a folder is needed" in str(error)
+
+
+def test_a_curve_never_overwrites_its_own_numbers(train_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for to, words in (("x.json", "must end in"), ("x", "must end in"), ("folder.png", "a folder")):
+        error = call("loss-curve", train_recipe(), "--to", tmp_path / to).exception
+        assert isinstance(error, UserError)
+        assert words in str(error)
+
+
 def test_tiny_then_run(tmp_path: Path, train_recipe: Recipe) -> None:
     made = answered("tiny", "sd15", tmp_path / "model", "--seed", "3")
     assert made == {"path": str(tmp_path / "model"), "family": "sd15", "seed": 3}

@@ -47,6 +47,13 @@ def test_checkpoints_read_what_the_run_read(evaluated_run: Path, tmp_path: Path)
         find(tmp_path / "to")
 
 
+def test_a_run_stands_for_its_newest_checkpoint(evaluated_run: Path, tmp_path: Path) -> None:
+    recipe = load_train_recipe(evaluated_run / "recipe.toml")
+    found = validate_checkpoints(recipe, [evaluated_run], tmp_path / "to")
+    newest = f"{evaluated_run.name}-12"
+    assert {row["checkpoint"] for row in found["evaluations"]} == {"base", newest}
+
+
 def test_what_is_no_checkpoint_of_this_model_is_refused(
     evaluated_run: Path, train_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -17,8 +17,8 @@ def validate(
         list[Path],
         typer.Option(
             "--checkpoint",
-            help="RUN/checkpoints/SAMPLES or best, a diffusers folder, a single file, or a LoRA. "
-            "Repeats.",
+            help="RUN/checkpoints/SAMPLES or best, a run for its newest, a diffusers folder, a "
+            "single file, or a LoRA. Repeats.",
         ),
     ],
     to: Annotated[
@@ -105,7 +105,10 @@ def loss_curve(
     recipe: Recipe,
     to: Annotated[Path, typer.Option(help="The picture to write; numbers go beside it.")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="RUN/checkpoints/SAMPLES; default: the base model.")
+        Path | None,
+        typer.Option(
+            help="RUN/checkpoints/SAMPLES, or a run for its newest; default: the base model."
+        ),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images to measure.")] = 16,
     levels: Annotated[int, typer.Option(min=3, help="Noise levels per image.")] = 64,
