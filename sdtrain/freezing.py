@@ -82,7 +82,7 @@ def build_plan(
     base = dict(family.named_parameters())
     expanded = expand_rules(family, rules, lr=lr, preset=preset)
     decisions = _decide(family, list(base), expanded, lr_factor)
-    notes = _freeze_dead_ends(family, base, decisions)
+    notes = _overruled(expanded, decisions) + _freeze_dead_ends(family, base, decisions)
     if lr_factor != 1:
         notes.append(f"every rate of the recipe is multiplied by {lr_factor:.6g}")
     for parameter in base.values():
@@ -164,6 +164,17 @@ def _decide(
         rate = 0.0 if rule.freeze else float(rule.lr or 0.0) * lr_factor
         decisions.update(dict.fromkeys(hits, Decision(rule.match, order, rate)))
     return decisions
+
+
+def _overruled(rules: Sequence[RuleLike], decisions: Mapping[str, Decision]) -> list[str]:
+    """Rules that decide on nothing, in words: all that they match later rules match, too."""
+    winners = {decision.order for decision in decisions.values()}
+    return [
+        f"{getattr(rule, 'origin', '') or 'train'} rule {rule.match!r} decides nothing: "
+        "later rules win wherever it matches"
+        for order, rule in enumerate(rules)
+        if order not in winners
+    ]
 
 
 def _matches_nothing(

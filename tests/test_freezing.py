@@ -167,6 +167,15 @@ def test_layers_that_an_adapter_cannot_take_are_named(tiny_model: Callable[[str]
         build_plan(load_tiny(tiny_model("sd15")), [Rule("unet.**.norm1", lr=1e-4)], lora)
 
 
+def test_a_rule_that_later_ones_overrule_is_noted(tiny_model: Callable[[str], Path]) -> None:
+    rules = [Rule("unet.conv_in", freeze=True), Rule("unet.**", lr=1e-5)]
+    _, plan = plan_for(tiny_model("sd15"), rules)
+    said = "train rule 'unet.conv_in' decides nothing: later rules win wherever it matches"
+    assert plan.notes == [said]
+    assert said in plan.table()
+    assert plan_for(tiny_model("sd15"), rules[::-1])[1].notes == []
+
+
 def test_a_preset_for_another_size_is_named(tiny_model: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=r"^preset unet-71 rule 'unet.up_blocks.2.resnets.\*\*'"):
         plan_for(tiny_model("sdxl"), [], lr=1e-5, preset="unet-71")
