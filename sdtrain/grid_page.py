@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sdtrain.grid import Axes, Row
 
 _SMALL_PX = 256  # below it pixels are drawn as they are, and files are no smaller than PNG
+MOST_CHARACTERS = 120
+"""Of a column's head; the whole of it is a click away."""
 HELP = (
     "Wheel, or + and −: zoom. Drag, or arrow keys: move. Click, or Enter: look closely; there the "
     "arrow keys flick to the neighbours, up and down between models, and P keeps a picture beside "
@@ -72,8 +74,18 @@ _DIALOG = (
 )
 
 
+def shortened(label: str) -> str:
+    """A label that leaves room for pictures: of a long one both ends, where the axes stand."""
+    if len(label) <= MOST_CHARACTERS:
+        return label
+    return f"{label[: MOST_CHARACTERS // 2].rstrip()} … {label[-MOST_CHARACTERS // 2 :].lstrip()}"
+
+
 def _board(rows: Sequence[Row], axes: Axes) -> str:
-    head = "".join(f'<th scope="col">{escape(label)}</th>' for label in axes.columns)
+    head = "".join(
+        f'<th scope="col" title="{escape(label, quote=True)}">{escape(shortened(label))}</th>'
+        for label in axes.columns
+    )
     body = "".join(
         f'<tr><th scope="row">{escape(row.label)}</th>'
         + "".join(
@@ -124,7 +136,7 @@ def _variety(
 ) -> str:
     if len(axes.seeds) < 2:
         return ""
-    head = ("Model", "All", *(axes.group_label(group) for group in axes.groups))
+    head = ("Model", "All", *(shortened(axes.group_label(group)) for group in axes.groups))
     lines = [
         (row.label, *(_number(share) for share in (variety.mean(shares), *shares)))
         for row, shares in zip(rows, relative, strict=True)

@@ -45,7 +45,8 @@ figure { flex: 1; min-width: 0; margin: 0; display: flex; flex-direction: column
 figure[hidden] { display: none }
 figure img { flex: 1; min-height: 0; width: 100%; object-fit: contain; cursor: grab;
              user-select: none }
-figcaption { padding: .4rem .8rem; font-size: .9rem; background: var(--back); z-index: 1;
+figcaption { max-height: 30%; overflow: auto; flex: none;
+             padding: .4rem .8rem; font-size: .9rem; background: var(--back); z-index: 1;
              overflow-wrap: anywhere }
 .keys { display: flex; flex-wrap: wrap; gap: .4rem; padding: .5rem .8rem }
 .keys button { font: inherit; padding: .35rem .8rem; border-radius: 6px; color: inherit;

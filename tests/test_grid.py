@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -287,6 +288,17 @@ def test_other_columns_are_drawn_anew_and_a_stop_ends_after_a_row(
     other = Follower(run, replace(SHORT, prompts=["blue car"]), to)
     assert other.rows() == []
     assert other.look(lambda: False) == ["base", "8", "12"]
+
+
+def test_a_long_prompt_leaves_room_for_the_pictures(evaluated_run: Path, tmp_path: Path) -> None:
+    prompt = "a dog, " * 200
+    axes = Axes([prompt], (1, 2), (3.0,), (), 1)
+    draw_grid([evaluated_run], axes, tmp_path / "grid.png")
+    html = (tmp_path / "grid.html").read_text(encoding="utf-8")
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", html)
+    assert max(map(len, heads)) < 140
+    assert [head for head in heads if head.startswith("a dog, ") and head.endswith("seed 2")]
+    assert f'title="{prompt.strip()}' in html or f'title="{prompt}' in html  # the whole is there
 
 
 def test_another_run_followed_into_the_same_folder_is_not_mixed_in(
