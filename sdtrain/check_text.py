@@ -136,7 +136,8 @@ def _prior(prior: Mapping[str, Any] | None) -> list[str]:
         return []
     return [
         f"prior: {prior['fraction']:.4g} of all samples are of {prior['origin']}, "
-        f"{prior['kept']:,} of {prior['rows']:,} rows kept, weight {prior['weight']:g}"
+        f"{prior['kept']:,} of {prior['rows']:,} rows kept, weight {prior['weight']:g}",
+        f"prompts of the prior: {prior['policy_words']}; [prompt] leaves them alone",
     ]
 
 

@@ -120,8 +120,11 @@ class Prior:
 
     def describe(self) -> dict[str, Any]:
         """What `sdtrain check` says of it."""
+        from sdtrain.dataset import policy_words
+
         return {
             "origin": self.data.origin,
+            "policy_words": policy_words(self.data.policy),
             "fingerprint": self.data.fingerprint,
             "rows": len(self.data.train),
             "kept": len(self.assignment.kept),

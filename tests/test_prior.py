@@ -112,6 +112,7 @@ def test_it_is_never_held_out_and_held_out_images_are_never_in_it(
     found = describe(setup)
     assert found["data"]["prior"]["kept"] == 4
     assert "prior: 0.5 of all samples" in check_text(found, "")
+    assert "prompts of the prior: mode caption" in check_text(found, "")
     assert found["length"]["epochs"] == pytest.approx(22 / 28)  # 14 of 28 samples are its own
 
 
