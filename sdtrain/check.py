@@ -27,11 +27,9 @@ from sdtrain.resolution import expected_percent
 from sdtrain.run_folder import versions
 from sdtrain.setup import Setup, gpu_without_torch, open_setup
 from sdtrain.stored_formats import conflicts, model_files, stored_formats
+from sdtrain.wording import FORWARDS_PER_TRAINING_SAMPLE
 
 CHUNK_ROWS = 2_000
-FORWARDS_OF_A_SAMPLE = 3
-"""A sample that trains costs its forward and a backward of twice that; an evaluated one, only the
-first."""
 CURVE_POINTS = 9
 SHOWN_PROMPTS = 3
 
@@ -298,7 +296,7 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
     forwards = {name: images[name] * per_image[name] for name in images}
     weights = 1 if setup.recipe.ema is None else 2
     times, each = 1 + -(-setup.total_samples // every), weights * sum(forwards.values())
-    work = times * each / (FORWARDS_OF_A_SAMPLE * setup.total_samples)
+    work = times * each / (FORWARDS_PER_TRAINING_SAMPLE * setup.total_samples)
     return {
         "every_samples": every,
         "times": times,

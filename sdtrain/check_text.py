@@ -9,6 +9,7 @@ from typing import Any
 
 from sdtrain.cache import census
 from sdtrain.toml_text import toml_line
+from sdtrain.wording import amount
 
 WIDTH = 100
 
@@ -57,14 +58,10 @@ def _folded(line: str, width: int) -> list[str]:
 
 def _dropped(dropped: Mapping[str, int]) -> list[str]:
     lost = ", ".join(
-        f"{_count(count, 'row')} of {split}" for split, count in dropped.items() if count
+        f"{amount(count, 'row')} of {split}" for split, count in dropped.items() if count
     )
     what = lost or "nothing"
     return [f"{what}; every row that is kept comes in every epoch, the last short step included"]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _size(num_bytes: float) -> str:
@@ -208,7 +205,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     images, levels = evaluation["images"], evaluation["timesteps_per_image"]
     sees = evaluation["resolves_percent_expected"]
     probes = [
-        f"{name} {images[name]} images x {levels[name]} (sees about ±{sees[name]:.2g} %)"
+        f"{name} {amount(images[name], 'image')} x {levels[name]} (sees about ±{sees[name]:.2g} %)"
         for name in images
         if images[name]
     ]
@@ -228,8 +225,8 @@ def _memory(found: Mapping[str, Any]) -> list[str]:
     forward = memory["largest_forward"]
     lines = [
         f"{' + '.join(f'{name} {_size(value)}' for name, value in sizes)} = {_size(needed)}",
-        f"the largest forward: {_count(forward['samples'], 'sample')} of {forward['width']}x"
-        f"{forward['height']}, {_count(forward['chunks'], 'chunk')}",
+        f"the largest forward: {amount(forward['samples'], 'sample')} of {forward['width']}x"
+        f"{forward['height']}, {amount(forward['chunks'], 'chunk')}",
     ]
     if memory["total"] is None:
         lines.append(f"activations come on top: unknown ({memory['why_no_activations']})")
@@ -252,7 +249,7 @@ def _prompts(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
     for prompt in prompts:
         text = "(dropped)" if prompt["dropped"] else repr(prompt["prompt"])
         lines.append(
-            f"{prompt['id']} in {prompt['bucket']}, {_count(prompt['chunks'], 'chunk')}: {text}"
+            f"{prompt['id']} in {prompt['bucket']}, {amount(prompt['chunks'], 'chunk')}: {text}"
         )
         lines.append(f"  time_ids {prompt['time_ids']}")
     return lines

@@ -13,7 +13,7 @@ from sdtrain.matrices import Measured, differences, find, start_of
 from sdtrain.paired import Comparison, compare, holm
 from sdtrain.where import Where, where
 from sdtrain.where import text as where_text
-from sdtrain.wording import percent, sentence, span
+from sdtrain.wording import amount, percent, sentence, span
 
 ALPHA = 0.05
 VERDICTS = {-1: "better", 0: "cannot tell", 1: "worse"}
@@ -179,7 +179,7 @@ def _pair_text(pair: Pair) -> str:
     found = pair.found
     resolves = "unknown" if found.resolves_percent is None else f"{found.resolves_percent:.3g} %"
     lines = [
-        f"{pair.name}: {found.num_images} images x {found.num_levels} noise levels, "
+        f"{pair.name}: {amount(found.num_images, 'image')} x {found.num_levels} noise levels, "
         f"probe {pair.probe_id[:8]}",
         f"  A  mean {found.mean_a:.6f}  {pair.a}",
         f"  B  mean {found.mean_b:.6f}  {pair.b}",
@@ -195,7 +195,9 @@ def _pair_text(pair: Pair) -> str:
 
 def _needed(found: Comparison) -> str:
     known = {t: found.images_needed(t) for t in TARGETS_PERCENT}
-    words = [f"{count:,} images to see {t} %" for t, count in known.items() if count is not None]
+    words = [
+        f"{amount(count, 'image')} to see {t} %" for t, count in known.items() if count is not None
+    ]
     return ", ".join(words) or "one image says nothing about others"
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sdtrain.inspect_marks import chunks, colour, levels
 from sdtrain.inspect_style import STYLE
 from sdtrain.page_parts import pairs
+from sdtrain.wording import amount
 
 if TYPE_CHECKING:
     from sdtrain.setup import Setup
@@ -113,11 +114,7 @@ def _by_forward(samples: Sequence[Sample]) -> list[tuple[int, list[Sample]]]:
 
 
 def _chunks(count: int) -> str:
-    return _count(count, "chunk")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return amount(count, "chunk")
 
 
 def _by(bucket: str) -> str:
@@ -146,7 +143,7 @@ def _head(sample: Sample) -> str:
     if sample["dropped"]:
         marks.append(("bad", "caption dropped"))
     if sample["tokens_cut"]:
-        marks.append(("bad", f"{_count(sample['tokens_cut'], 'token')} cut off"))
+        marks.append(("bad", f"{amount(sample['tokens_cut'], 'token')} cut off"))
     if sample["units_removed"]:
         marks.append(("bad", f"{sample['units_removed']} tags or words removed to fit"))
     tags = "".join(f'<span class="tag {kind}">{escape(text)}</span>' for kind, text in marks)
@@ -241,7 +238,7 @@ def _struck(title: str, names: Sequence[str]) -> str:
     if not names:
         return ""
     shown = " ".join(f"<b>{escape(name)}</b>" for name in names)
-    return f'<h3>{_count(len(names), "tag")} {escape(title)}</h3><p class="struck">{shown}</p>'
+    return f'<h3>{amount(len(names), "tag")} {escape(title)}</h3><p class="struck">{shown}</p>'
 
 
 def _uncond(sample: Sample) -> str:

@@ -24,6 +24,7 @@ from sdtrain.recipe import TrainRecipe
 from sdtrain.sampling import checkpoint_folder
 from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import ProbeSet
+from sdtrain.wording import amount
 
 ENDINGS = (".png", ".svg", ".pdf")
 
@@ -232,7 +233,7 @@ def report(found: dict[str, Any]) -> str:
     fit, study = found["fit"], found["seed_study"]
     low, high = study["explained_by_noise_level"]
     lines = [
-        f"{found['model']}: {found['images']} images x {found['levels']} noise levels, "
+        f"{found['model']}: {amount(found['images'], 'image')} x {found['levels']} noise levels, "
         f"mean loss {found['mean']:.6f}",
         "log loss = a + b s + c s², s = ln SNR",
         f"  here    a {fit['a']:+.5f}  b {fit['b']:+.5f}  c {fit['c']:+.5f}",

@@ -99,7 +99,7 @@ def _page(folder: RunFolder, is_running: bool) -> str:
         page_samples.section(folder, metrics[-1]["samples_seen"] if metrics else 0),
         _variety([line for line in metrics if line["kind"] == "variety"]),
         _training(training, facts.get("plan", {}).get("lr", {})),
-        page_plan.section(folder, facts, training, sets),
+        page_plan.section(folder, facts, training, sets, is_over=_stopped_early(metrics)),
         page_record.trained(facts),
         page_record.data_section(facts),
         page_record.details(folder, sets, facts),
@@ -122,15 +122,18 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
 def _header(name: str, facts: Line, metrics: Sequence[Line], is_running: bool) -> str:
     seen = metrics[-1]["samples_seen"] if metrics else 0
     total = facts.get("total_samples") or seen
-    is_stopped_early = any(line.get("stopped_early") for line in metrics[-4:])
     state = "in training" if is_running else "in progress, or stopped"
     state = "ended by an error" if _error(metrics) else state
-    state = "stopped early" if is_stopped_early else "finished" if seen >= total else state
+    state = "stopped early" if _stopped_early(metrics) else "finished" if seen >= total else state
     words = [escape(str(facts[key])) for key in ("model", "adapter") if facts.get(key)]
     words += [f"{seen:,} of {total:,} samples ({state})", f"started {escape(_when(facts))}"]
     share = 100 * min(1.0, seen / total) if total else 0
     bar = f'<div class="bar"><i style="width:{share:.2f}%"></i></div>'
     return f"<header><h1>{name}</h1><p>{' · '.join(words)}</p>{bar}</header>"
+
+
+def _stopped_early(metrics: Sequence[Line]) -> bool:
+    return any(line.get("stopped_early") for line in metrics[-4:])
 
 
 def _error(metrics: Sequence[Line]) -> str:

@@ -15,9 +15,22 @@ Line = dict[str, Any]
 
 
 def section(
-    folder: RunFolder, facts: Line, training: Sequence[Line], sets: Mapping[str, Sequence[Line]]
+    folder: RunFolder,
+    facts: Line,
+    training: Sequence[Line],
+    sets: Mapping[str, Sequence[Line]],
+    *,
+    is_over: bool,
 ) -> str:
-    """A table of intentions, what is due by now, and what is there."""
+    """A table of intentions, what is due by now, and what is there.
+
+    Args:
+        folder: of the run.
+        facts: what was known before it.
+        training: lines of the metrics.
+        sets: validation lines by set.
+        is_over: nothing more will be trained, whatever was planned.
+    """
     plan, total = facts.get("plan"), facts.get("total_samples")
     if not plan or not total:
         return ""
@@ -35,7 +48,7 @@ def section(
     rows.append(
         ("Checkpoints", f"every {plan['save_every']:,} samples", "", f"{kept:,} kept on disk")
     )
-    rows += _images(facts, seen) + _time(folder, seen, total)
+    rows += _images(facts, seen) + _time(folder, seen, seen if is_over else total)
     table = parts.table(("", "Planned", "Due by now", "Done"), rows, 1)
     phases = "".join(f"<p>{parts.typeset(words)}</p>" for words in plan.get("phases", []))
     return f'<h2>Plan against reality</h2><section class="card plan">{table}{phases}</section>'

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdtrain.paired import compare
+from sdtrain.wording import amount
 
 TYPICAL_CHANGE_PERCENT = 1.5
 """What fine-tuning on some twenty images gains in all (spec: 1.5 to 1.9 %)."""
@@ -68,8 +69,8 @@ def announcement(lines: Sequence[dict[str, Any]]) -> str:
         lines: validation lines of sample 0.
     """
     known = [
-        f"{line['set']} ({line['images']} images × {line['timesteps_per_image']}) sees about "
-        f"±{line['resolves_percent_expected']:.2g} %"
+        f"{line['set']} ({amount(line['images'], 'image')} × {line['timesteps_per_image']}) sees "
+        f"about ±{line['resolves_percent_expected']:.2g} %"
         for line in lines
         if line.get("resolves_percent_expected") is not None
     ]

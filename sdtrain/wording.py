@@ -15,6 +15,11 @@ FORWARDS_PER_TRAINING_SAMPLE = 3
 """A training step costs about three forwards: one forward, and a backward of twice its price."""
 
 
+def amount(number: int, what: str) -> str:
+    """How many of something: `1 image`, `1,234 images`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def percent(value: float | None) -> str:
     """A signed change in percent: two decimals, or more where two would say nothing."""
     if value is None or not math.isfinite(value):
@@ -110,7 +115,9 @@ def cost(shapes: Sequence[tuple[str, int, int]], times: int) -> str:
     """
     if not shapes:
         return "no evaluation: the recipe asks for no images, or there are none"
-    sets = ", ".join(f"{name} {images} images x {levels} levels" for name, images, levels in shapes)
+    sets = ", ".join(
+        f"{name} {amount(images, 'image')} x {levels} levels" for name, images, levels in shapes
+    )
     forwards = sum(images * levels for _, images, levels in shapes)
     samples = round(forwards / FORWARDS_PER_TRAINING_SAMPLE)
     return (

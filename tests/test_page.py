@@ -128,6 +128,23 @@ def test_plan_and_reality_stand_side_by_side(run: Path) -> None:
     assert duration(86400 * 3.5) == "3.5 days"
 
 
+def test_a_run_that_stopped_early_has_no_time_left(run: Path) -> None:
+    (run / "pace.jsonl").write_text(
+        '{"session": "a", "seconds": 0.0, "samples_seen": 0}\n'
+        '{"session": "a", "seconds": 60.0, "samples_seen": 8}\n',
+        encoding="utf-8",
+    )
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    half = [line for line in lines if line["samples_seen"] <= 8 and line["kind"] != "verdict"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in half), encoding="utf-8")
+    assert "Time30 s left60 s" in outline(page.write_page(run)).words.replace("1 min", "60 s")
+    verdict = {**lines[-1], "kind": "verdict", "samples_seen": 8, "stopped_early": "it was enough"}
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(verdict) + "\n")
+    assert "none left" in outline(page.write_page(run)).words
+
+
 def test_variety_is_drawn_and_figures_follow_the_readers_colours(run: Path) -> None:
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         for clock, share in ((0, 1.0), (12, 0.5)):
