@@ -244,6 +244,7 @@ def command(path: Path) -> list[str]:
     return [sys.executable, "-m", "sdtrain.cli", "run", str(path), "--json"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to signal")
 def test_what_reaches_every_process_of_a_job_stops_it_gently(train_recipe: Recipe) -> None:
     """As clusters end a job: SIGTERM to program and loaders, and once more by a launcher."""
     path = train_recipe()
