@@ -188,6 +188,9 @@ class Setup:
 
     def weighting(self) -> Weighting:
         """The recipe's weighting; one without a rule for this model is refused here."""
+        require = getattr(self.recipe.weighting, "require", None)
+        if require is not None:
+            require(self.family.prediction_type)
         weighting: Weighting = self.recipe.weighting.build()
         weighting(torch.ones(1), self.family.prediction_type)
         return weighting

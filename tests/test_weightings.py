@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -9,6 +12,8 @@ from pydantic import ValidationError
 from sdprep.errors import UserError
 from sdprep.plugins import config_for, configs
 from sdtrain.ddpm import DdpmObjective, alphas_cumprod_of
+from sdtrain.recipe import load_train_recipe
+from sdtrain.setup import open_setup
 from sdtrain.weighting import Weighting
 
 LEVELS = torch.arange(1000, dtype=torch.float64) / 1000
@@ -199,3 +204,12 @@ def test_a_prediction_type_without_a_rule_is_refused(name: str) -> None:
 def test_a_clamp_at_infinity_is_refused() -> None:
     with pytest.raises(ValidationError, match="finite"):
         weighting("min_snr", gamma=float("inf"))  # inf / inf where there is no noise
+
+
+def test_a_v_form_that_nobody_would_ask_is_refused(train_recipe: Callable[..., Path]) -> None:
+    settings = ["weighting.type=debiased", "weighting.v_form=onetrainer"]
+    with pytest.raises(UserError, match="is for v prediction, and this model predicts epsilon"):
+        open_setup(load_train_recipe(train_recipe(), settings))
+    open_setup(load_train_recipe(train_recipe(), settings[:1]))
+    as_v = [*settings, "model.prediction_type=v_prediction"]
+    open_setup(load_train_recipe(train_recipe(), as_v))

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from sdprep.errors import UserError
 from sdprep.recipe import Section
 from sdtrain.weighting import Weighting, no_rule, noise_fraction
 
@@ -24,6 +25,19 @@ class Config(Section):
         "derived",
         description="Formula for v prediction: the derived √S/(S+1), or that of another trainer.",
     )
+
+    def require(self, prediction_type: str) -> None:
+        """Refuse a formula that would not be asked.
+
+        Raises:
+            UserError: `v_form` was set, and the model predicts something else.
+        """
+        if prediction_type != "v_prediction" and self.v_form != "derived":
+            raise UserError(
+                f"weighting.v_form = {self.v_form!r} is for v prediction, and this model predicts "
+                f"{prediction_type}",
+                "Leave it out, or set model.prediction_type if the model predicts v.",
+            )
 
     def build(self) -> Weighting:
         """The weighting."""
