@@ -1,9 +1,9 @@
 """How much memory a step takes beside weights and optimizer: the largest one, run without numbers.
 
 PyTorch runs a network on tensors that have a shape and no content (`FakeTensorMode`), which takes
-seconds and no memory. What is alive at the same time on the way forward and back is what a GPU would
-have to hold: activations, gradients, half-precision copies of weights, blocks that are computed
-again. Fragmentation and the libraries' own buffers are not in it.
+seconds and no memory. What is alive at the same time on the way forward and back is what a GPU
+would have to hold: activations, gradients, half-precision copies of weights, blocks that are
+computed again. Fragmentation and the libraries' own buffers are not in it.
 """
 
 from __future__ import annotations
