@@ -22,6 +22,7 @@ from sdtrain.check_facts import (
 )
 from sdtrain.dataset import Rows, policy_words
 from sdtrain.memory import checkpoint_bytes, memory
+from sdtrain.planned import rates_at
 from sdtrain.recipe import TrainRecipe
 from sdtrain.resolution import expected_percent
 from sdtrain.run_folder import versions
@@ -264,12 +265,13 @@ def _learning_rate(setup: Setup) -> dict[str, Any]:
     points = sorted({round(i * (setup.num_steps - 1) / (CURVE_POINTS - 1)) for i in range(9)})
     clocks = [point * batch for point in points]
     peaks = {group.name: group.lr for group in setup.plan.groups}
+    rates = [rates_at(setup, clock) for clock in clocks]
     worst, where = setup.worst_step_ratio
     return {
         "samples_seen": clocks,
         "factor": [schedule(clock) for clock in clocks],
         "sketch": sketch(schedule, (setup.num_steps - 1) * batch),
-        "lr": {name: [lr * schedule(clock) for clock in clocks] for name, lr in peaks.items()},
+        "lr": {name: [each[name] for each in rates] for name in peaks},
         "worst_ratio": worst,
         "worst_ratio_at": where,
         "scaled_by": setup.recipe.lr_factor,

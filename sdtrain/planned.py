@@ -23,23 +23,28 @@ def planned(setup: Setup) -> dict[str, Any]:
     }
 
 
+def rates_at(setup: Setup, samples_seen: int) -> dict[str, float]:
+    """Planned rate of every group in the step that starts here; 0 while its part rests."""
+    phases, factor = setup.phases, setup.schedule()(samples_seen)
+    live = None if phases is None else phases.phases[phases.at(samples_seen)].parts
+    return {
+        group.name: group.lr * factor
+        if live is None or any(path.split(".")[0] in live for path in group.parameters)
+        else 0.0
+        for group in setup.plan.groups
+    }
+
+
 def _rates(setup: Setup) -> dict[str, list[tuple[int, float]]]:
     """Rate of every group at up to 200 steps; 0 while its part rests."""
-    batch, steps, schedule = setup.recipe.data.batch_size, setup.num_steps, setup.schedule()
+    batch, steps = setup.recipe.data.batch_size, setup.num_steps
     most = min(steps, CURVE_POINTS)
     starts = [round(k * (steps - 1) / max(1, most - 1)) * batch for k in range(most)]
     curves: dict[str, list[tuple[int, float]]] = {group.name: [] for group in setup.plan.groups}
     for start in starts:
-        live = None
-        if setup.phases is not None:
-            live = setup.phases.phases[setup.phases.at(start)].parts
-        for group in setup.plan.groups:
-            rests = live is not None and not any(
-                path.split(".")[0] in live for path in group.parameters
-            )
-            rate = 0.0 if rests else group.lr * schedule(start)
-            end = min(start + batch, setup.total_samples)  # metrics name a step by its end
-            curves[group.name].append((end, rate))
+        end = min(start + batch, setup.total_samples)  # metrics name a step by its end
+        for name, rate in rates_at(setup, start).items():
+            curves[name].append((end, rate))
     return curves
 
 

@@ -250,6 +250,11 @@ def test_check_shows_a_table_for_each_phase(train_recipe: Recipe) -> None:
         (6, ["text_encoder"]),
         (5, ["unet"]),
     ]
+    rates = found["learning_rate"]
+    for at, clock in enumerate(rates["samples_seen"]):
+        is_text = clock % 11 < 6
+        for group, curve in rates["lr"].items():
+            assert (curve[at] > 0) == (("text_encoder" in group) == is_text), (group, clock)
     text = check_text(found, "the whole table")
     assert "phase 2 of 2, again and again: 5 samples of unet" in text
     first = next(line for line in found["phases"][0]["table"] if line.startswith("unet"))
