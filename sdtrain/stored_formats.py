@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdtrain.formats import single_file_keys as keys
-from sdtrain.formats.single_file import is_single_file
+from sdtrain.formats.tensor_files import is_safetensors, is_single_file
 
 _NETWORKS = (
     (keys.UNET, "unet"),
@@ -67,7 +67,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _entries(file: Path) -> list[tuple[str, str, int]]:
     """Name, format and number of numbers of every tensor of floats."""
-    if file.suffix != ".safetensors" or not file.is_file():
+    if not file.is_file() or not is_safetensors(file):
         return []
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))

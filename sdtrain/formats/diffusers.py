@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sdprep.errors import DataError, UserError, nearest
+from sdtrain.formats.tensor_files import save_tensors
 from sdtrain.paths import canonical_path, is_clip_text
 
 ONE_FILE = "100GB"  # a single file is what most tools expect
@@ -75,6 +76,8 @@ class Folder:
             else:
                 save: Any = network
                 save.save_pretrained(str(path / part), max_shard_size=ONE_FILE)
+                for file in (path / part).glob("*.safetensors"):  # see `save_tensors`
+                    shutil.copymode(path / part / "config.json", file)
 
 
 def write_tokenizer(path: Path, tokenizer: Any) -> None:
@@ -90,8 +93,6 @@ def write_text_encoder(path: Path, part: str, network: Any) -> None:
     transformers 5 saves CLIPTextModel without `text_model.`, and transformers 4 then loads a
     random encoder with no more than a warning.
     """
-    from safetensors.torch import save_file
-
     tensors = {
         canonical_path(part, network, name).removeprefix(f"{part}."): tensor.detach()
         .to("cpu")
@@ -102,7 +103,7 @@ def write_text_encoder(path: Path, part: str, network: Any) -> None:
     # The class that diffusers looks for; an encoder built from a configuration has none yet.
     network.config.architectures = [type(network).__name__]
     network.config.save_pretrained(str(path))
-    save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
+    save_tensors(path / "model.safetensors", tensors, {})
 
 
 def load_folder(
