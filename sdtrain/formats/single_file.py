@@ -33,6 +33,7 @@ _NETWORKS = {
 # Tensors of the original code that no network here needs.
 _OPTIONAL = ("position_ids", "logit_scale", "transformer.text_projection.weight")
 _SHOWN = 5
+A_LORA = "a LoRA"
 _SIZES = "model.config names a folder with the file's sizes."
 _INPAINTING = (
     "Its UNet takes more channels than latents have, as models for inpainting or editing do, "
@@ -240,6 +241,11 @@ def _refuse_other_names(
             + ("" if kind.endswith("alone") else f"; it looks like {kind}"),
             "Use a complete checkpoint, one that was saved with all of its networks.",
         )
+    if len(missing) == len(wanted) and kind == A_LORA:
+        raise DataError(
+            f"{path} is a LoRA or another adapter, not a model",
+            "model.path is the model that it was made for. `sdtrain validate` takes both.",
+        )
     if missing or unexpected:
         raise DataError(
             f"{path} does not fit this model; it looks like {kind}",
@@ -280,7 +286,7 @@ def _some(names: list[str]) -> str:
 def looks_like(tensors: Mapping[str, Tensor]) -> str:
     """What kind of file it is, by its names."""
     kinds = (
-        ("lora", "a LoRA"),
+        ("lora", A_LORA),
         (keys.SECOND_ENCODER, "Stable Diffusion XL (family sdxl)"),
         ("conditioner.embedders.0.model.", "the refiner of Stable Diffusion XL"),
         ("cond_stage_model.model.", "Stable Diffusion 2"),
