@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdtrain.formats import single_file_keys as keys
+from sdtrain.formats.diffusers import HALF
 from sdtrain.formats.tensor_files import is_safetensors, is_single_file
 
 _NETWORKS = (
@@ -60,9 +61,10 @@ def model_files(path: str, parts: Iterable[str]) -> dict[str, int]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What loading reads: variants such as `model.fp16.safetensors` are passed over."""
+    """What loading reads: `model.fp16.safetensors` only where there are no others."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [file for file in files if "." not in file.stem]
+    whole = [file for file in files if "." not in file.stem]
+    return whole or [file for file in files if f".{HALF}" in file.stem]
 
 
 def _entries(file: Path) -> list[tuple[str, str, int]]:

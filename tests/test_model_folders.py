@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sdprep.errors import DataError, UserError
 from sdprep.plugins import config_for
+from sdtrain.stored_formats import model_files, stored_formats
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -72,6 +73,18 @@ def test_a_run_or_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run" / "model")
     with pytest.raises(UserError, match=r"no diffusers folder\n.*its model is .*model"):
         build(tmp_path / "run")
+
+
+def test_half_precision_alone_is_named_by_check(folder: Path) -> None:
+    for part in ("unet", "vae"):
+        file = folder / part / f"{WEIGHTS}.safetensors"
+        half = {name: tensor.half() for name, tensor in load_file(file).items()}
+        save_file(half, file.with_name(f"{WEIGHTS}.fp16.safetensors"))
+    parts = ("unet", "vae")
+    assert stored_formats(str(folder), parts) == {"unet": "F32", "vae": "F32"}
+    (folder / "unet" / f"{WEIGHTS}.safetensors").unlink()
+    assert stored_formats(str(folder), parts) == {"unet": "F16", "vae": "F32"}
+    assert f"unet/{WEIGHTS}.fp16.safetensors" in model_files(str(folder), parts)
 
 
 def test_a_lora(tmp_path: Path) -> None:
