@@ -23,6 +23,7 @@ from sdprep.errors import DataError, UserError
 from sdtrain.checksums import checksums, why_changed
 from sdtrain.disk import as_os_error
 from sdtrain.engine import Engine, laid_out_like
+from sdtrain.formats.tensor_files import save_tensors
 from sdtrain.world import ALONE
 
 WHOLE_HERE = Engine(ALONE)
@@ -168,15 +169,13 @@ def write(folder: Path, snapshot: Snapshot, keep: int, best: int | None = None) 
 
 
 def _write_files(folder: Path, snapshot: Snapshot) -> None:
-    from safetensors.torch import save_file
-
     about = json.dumps(
         {k: snapshot.state.get(k) for k in ("samples_seen", "recipe", "data", "versions")}
     )
-    save_file(snapshot.trained, folder / TRAINED, metadata={"format": "pt", "sdtrain": about})
-    save_file(snapshot.optimizer, folder / OPTIMIZER, metadata={"format": "pt"})
+    save_tensors(folder / TRAINED, snapshot.trained, {"sdtrain": about})
+    save_tensors(folder / OPTIMIZER, snapshot.optimizer, {})
     for name, tensors in snapshot.more.items():
-        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        save_tensors(folder / f"{name}.safetensors", tensors, {})
     more = {"more": sorted(snapshot.more)} if snapshot.more else {}
     files = {"files": checksums(sorted(folder.iterdir()))}
     state = json.dumps({**snapshot.state, **more, **files}, ensure_ascii=False, indent=1)

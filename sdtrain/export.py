@@ -20,6 +20,7 @@ from sdtrain.formats.modelspec import modelspec, training_record, write_hash
 from sdtrain.formats.schedulers import flow_notes, is_flow_folder
 from sdtrain.formats.single_file import DTYPES, cast, single_file_tensors, write_single_file
 from sdtrain.outputs import require_folder
+from sdtrain.provenance import RECORD, read_provenance, write_record
 
 Format = Literal["single-file", "diffusers", "lora-kohya", "lora-diffusers"]
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -36,7 +37,7 @@ class Opened:
         family: the model, with the adapter attached if there is one.
         made_at: when the checkpoint was written.
         adapter: how it was trained; None for a diffusers folder.
-        state: the checkpoint's record; empty for a diffusers folder.
+        state: the checkpoint's record, or what a diffusers folder has of one.
     """
 
     path: Path
@@ -123,7 +124,8 @@ def _open(path: Path, ema: bool) -> Opened:
     if index.is_file():
         if ema:
             raise UserError(f"--ema: {path} is a diffusers folder; only checkpoints hold averages")
-        return Opened(path, _family_of(path), index.stat().st_mtime)
+        record = read_provenance(path).record  # also of the folder that a run ends with
+        return Opened(path, _family_of(path), index.stat().st_mtime, state=record)
     from sdprep.recipe import validate
     from sdtrain.recipe import TrainRecipe
     from sdtrain.run import load_trained
@@ -187,6 +189,8 @@ def _write_folder(opened: Opened, target: Path, dtype: str) -> None:
         for name, parameter in network.named_parameters():
             parameter.data = cast(f"{part}.{name}", parameter.data, DTYPES[dtype])
     opened.family.save(target)
+    if record := {key: opened.state[key] for key in RECORD if key in opened.state}:
+        write_record(target, record)
 
 
 def _write_lora(

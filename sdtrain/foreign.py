@@ -24,7 +24,7 @@ from sdtrain.formats.adapter_weights import (
     split_key,
 )
 from sdtrain.formats.lora_keys import kohya_stem
-from sdtrain.formats.single_file import is_single_file
+from sdtrain.formats.tensor_files import is_safetensors, is_single_file
 
 Kind = Literal["checkpoint", "model", "adapter"]
 MODEL_INDEX = "model_index.json"
@@ -59,7 +59,7 @@ def adapter_file(path: Path) -> Path | None:
     """The adapter that a path names: a file of one, or a folder with one; None if it is none."""
     if path.is_dir():
         return next((path / name for name in ADAPTER_FILES if (path / name).is_file()), None)
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not path.is_file() or not is_single_file(str(path)) or not is_safetensors(path):
         return None
     from safetensors import SafetensorError, safe_open
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdprep.errors import DataError
+from sdprep.private_paths import hide_paths
 from sdtrain import checkpoint
 from sdtrain.checkpoint import checkpoints, read_state
 from sdtrain.conditions import changes
@@ -19,6 +20,8 @@ from sdtrain.course import meant
 
 RECORD = ("recipe", "data", "versions", "samples_seen", "step", "freeze_table", "evaluations")
 COMPARED = ("recipe", "data", "versions", "samples_seen")
+RECORD_FILE = "training.json"
+"""The record in a folder that is made to be passed on."""
 _PREFIX, _SPEC = "sdtrain.", "modelspec."
 
 
@@ -82,6 +85,8 @@ def _of_checkpoint(path: Path) -> Provenance:
 def _of_folder(path: Path, weights: tuple[Path, ...]) -> Provenance:
     """A folder of weights: its own metadata, or the run that it lies in."""
     parts = tuple((file.relative_to(path).parent.as_posix().strip("."), file) for file in weights)
+    if (path / RECORD_FILE).is_file():
+        return Provenance(path, "model folder", _in_folder(path / RECORD_FILE), {}, parts)
     for file in weights:
         record, about = _metadata(file)
         if record:
@@ -91,6 +96,25 @@ def _of_folder(path: Path, weights: tuple[Path, ...]) -> Provenance:
         record = _of_checkpoint(of_run[0]).record
         return Provenance(path, "model folder", record, {}, parts)
     return Provenance(path, "model folder", {}, {}, parts)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Lay a record beside a model; absolute paths are cut down to their last part.
+
+    Args:
+        folder: of the model.
+        record: entries of `RECORD`, as far as there are any.
+    """
+    text = json.dumps(record, ensure_ascii=False, indent=1, sort_keys=True)
+    (folder / RECORD_FILE).write_text(hide_paths(text) + "\n", encoding="utf-8", newline="\n")
+
+
+def _in_folder(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is damaged: {error}", "Delete it, or export again.") from None
+    return {key: record[key] for key in RECORD if key in record} if isinstance(record, dict) else {}
 
 
 def _metadata(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -153,7 +177,9 @@ def difference(a: Provenance, b: Provenance) -> dict[str, Any]:
         `keys`: what differs of recipe, data and versions, key path to [A, B]; `parts`: a
         `PartChange` each, as a dict.
     """
-    records = ({key: each.record.get(key) for key in COMPARED} for each in (a, b))
+    records = [{key: each.record.get(key) for key in COMPARED} for each in (a, b)]
+    if a.kind != b.kind:  # what is passed on says less of paths, which is no difference
+        records = [json.loads(hide_paths(json.dumps(each))) for each in records]
     keys = changes(*records)
     return {
         "a": str(a.path),

@@ -13,13 +13,13 @@ from sdprep.card_text import fenced, plain
 from sdprep.errors import DataError, UserError
 from sdprep.hub_access import open_hub, patiently, quiet, repo_name
 from sdprep.private_paths import hide_paths
-from sdtrain.provenance import Provenance, read_provenance
+from sdtrain.provenance import Provenance, read_provenance, write_record
 from sdtrain.provenance_text import provenance_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-CARD, RECORD = "README.md", "training.json"
+CARD = "README.md"
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
@@ -123,8 +123,7 @@ def write_card(folder: Path, found: Provenance, title: str, license: str | None 
     text = "\n".join(["---", *lines, "---", f"# {plain(title)}", "", _sentence(found), ""])
     text += f"\n## How it was made\n\n{fenced(told)}\n"
     (folder / CARD).write_text(text, encoding="utf-8", newline="\n")
-    record = json.dumps(found.record, ensure_ascii=False, indent=1, sort_keys=True)
-    (folder / RECORD).write_text(hide_paths(record) + "\n", encoding="utf-8", newline="\n")
+    write_record(folder, found.record)
 
 
 def _sentence(found: Provenance) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdtrain.formats import single_file_keys as keys
-from sdtrain.formats.single_file import is_single_file
+from sdtrain.formats.diffusers import HALF
+from sdtrain.formats.tensor_files import is_safetensors, is_single_file
 
 _NETWORKS = (
     (keys.UNET, "unet"),
@@ -60,14 +61,15 @@ def model_files(path: str, parts: Iterable[str]) -> dict[str, int]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What loading reads: variants such as `model.fp16.safetensors` are passed over."""
+    """What loading reads: `model.fp16.safetensors` only where there are no others."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [file for file in files if "." not in file.stem]
+    whole = [file for file in files if "." not in file.stem]
+    return whole or [file for file in files if f".{HALF}" in file.stem]
 
 
 def _entries(file: Path) -> list[tuple[str, str, int]]:
     """Name, format and number of numbers of every tensor of floats."""
-    if file.suffix != ".safetensors" or not file.is_file():
+    if not file.is_file() or not is_safetensors(file):
         return []
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))

@@ -17,7 +17,7 @@ from sdtrain.conditions import changes
 from sdtrain.course import meant
 from sdtrain.family import Family
 from sdtrain.foreign import MODEL_INDEX, kind_of, with_adapter
-from sdtrain.formats.single_file import is_single_file
+from sdtrain.formats.tensor_files import is_single_file
 from sdtrain.matrices import Measured
 from sdtrain.outputs import require_folder
 from sdtrain.probe import Probe

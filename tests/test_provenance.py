@@ -62,6 +62,28 @@ def test_an_exported_file_still_says_it(evaluated_run: Path, tmp_path: Path) -> 
     assert found["recipe"]["train"] == answered("show", evaluated_run)["recipe"]["train"]
 
 
+def test_an_exported_folder_still_says_it(evaluated_run: Path, tmp_path: Path) -> None:
+    wanted = answered("show", evaluated_run)
+    for source, to in ((evaluated_run, "a"), (tmp_path / "a", "b"), (evaluated_run / "model", "c")):
+        export(source, "diffusers", tmp_path / to)
+        found = answered("show", tmp_path / to)
+        assert (found["samples_seen"], found["recipe"]["seed"]) == (12, 7)
+        assert found["freeze_table"] == wanted["freeze_table"]
+        assert str(tmp_path) not in json.dumps(found["recipe"])
+    export(tmp_path / "a", "single-file", tmp_path / "d.safetensors")
+    assert answered("show", tmp_path / "d.safetensors")["samples_seen"] == 12
+    (tmp_path / "a" / "training.json").write_text("{", encoding="utf-8")
+    assert "training.json is damaged" in str(call("show", tmp_path / "a").exception)
+
+
+def test_a_run_did_nothing_differently_from_its_export(evaluated_run: Path, tmp_path: Path) -> None:
+    file, folder = tmp_path / "a.safetensors", tmp_path / "a"
+    export(evaluated_run, "single-file", file)
+    export(evaluated_run, "diffusers", folder)
+    for one, two in ((evaluated_run, file), (folder, evaluated_run), (file, folder)):
+        assert answered("diff", one, two)["keys"] == {}
+
+
 def test_what_knows_nothing_says_so(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     assert "no record of its training" in call("show", tiny_model("sd15")).stdout
     (tmp_path / "empty").mkdir()

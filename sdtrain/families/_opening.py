@@ -17,7 +17,8 @@ from sdtrain.formats.diffusers import (
     load_tokenizer,
     read_index,
 )
-from sdtrain.formats.single_file import Blueprint, is_single_file, load_single_file
+from sdtrain.formats.single_file import Blueprint, load_single_file
+from sdtrain.formats.tensor_files import ENDINGS, is_single_file
 
 Sizes = Mapping[str, Mapping[str, Any]]
 
@@ -46,6 +47,11 @@ def open_model_files(
         DataError: its weights are incomplete.
     """
     if not is_single_file(path):
+        if Path(path).is_file():
+            raise UserError(
+                f"model.path = {path!r} is a file whose name does not say what it is",
+                f"Rename it to end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}.",
+            )
         return load_folder(path, pipeline, parts, revision=revision)
     if revision is not None:
         raise UserError(f"model.revision = {revision!r}, but {path} is a single file")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sdprep.errors import DataError, UserError, nearest
+from sdtrain.formats.tensor_files import save_tensors
 from sdtrain.paths import canonical_path, is_clip_text
 
 ONE_FILE = "100GB"  # a single file is what most tools expect
@@ -75,6 +76,8 @@ class Folder:
             else:
                 save: Any = network
                 save.save_pretrained(str(path / part), max_shard_size=ONE_FILE)
+                for file in (path / part).glob("*.safetensors"):  # see `save_tensors`
+                    shutil.copymode(path / part / "config.json", file)
 
 
 def write_tokenizer(path: Path, tokenizer: Any) -> None:
@@ -90,8 +93,6 @@ def write_text_encoder(path: Path, part: str, network: Any) -> None:
     transformers 5 saves CLIPTextModel without `text_model.`, and transformers 4 then loads a
     random encoder with no more than a warning.
     """
-    from safetensors.torch import save_file
-
     tensors = {
         canonical_path(part, network, name).removeprefix(f"{part}."): tensor.detach()
         .to("cpu")
@@ -102,7 +103,7 @@ def write_text_encoder(path: Path, part: str, network: Any) -> None:
     # The class that diffusers looks for; an encoder built from a configuration has none yet.
     network.config.architectures = [type(network).__name__]
     network.config.save_pretrained(str(path))
-    save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
+    save_tensors(path / "model.safetensors", tensors, {})
 
 
 def load_folder(
@@ -132,8 +133,22 @@ def load_folder(
         if part.startswith("text_encoder"):
             name = part.replace("text_encoder", "tokenizer")
             tokenizers[name] = load_tokenizer(path, name, where)
+    _require_plain_latents(path, networks)
     options = {key: index[key] for key in ("force_zeros_for_empty_prompt",) if key in index}
     return Folder(pipeline_class, networks, tokenizers, load_scheduler(path, index, where), options)
+
+
+def _require_plain_latents(path: str, networks: Mapping[str, Any]) -> None:
+    """Refuse a UNet that wants more than latents."""
+    if "unet" not in networks or "vae" not in networks:
+        return
+    takes, given = networks["unet"].config.in_channels, networks["vae"].config.latent_channels
+    if takes != given:
+        raise DataError(
+            f"{path}: its UNet takes {takes} channels, and its VAE makes latents of {given}",
+            "Models for inpainting (9 channels) or editing (8) are not trained here. Use the "
+            "checkpoint that it was made from.",
+        )
 
 
 def read_index(path: str, pipeline_class: str, revision: str | None = None) -> dict[str, Any]:
@@ -142,7 +157,7 @@ def read_index(path: str, pipeline_class: str, revision: str | None = None) -> d
     if not Path(path).is_dir():
         local = _download_index(path, revision)
     elif not local.is_file():
-        raise UserError(f"{path} is no diffusers folder", "It has no model_index.json.")
+        raise UserError(f"{path} is no diffusers folder", _where_else(Path(path)))
     index = _index_in(path, local)
     found = str(index.get("_class_name"))
     if found != pipeline_class:
@@ -151,6 +166,18 @@ def read_index(path: str, pipeline_class: str, revision: str | None = None) -> d
             "Set model.family to the family of that checkpoint.",
         )
     return index
+
+
+def _where_else(path: Path) -> str:
+    """What to do about a folder that has no index: it may be a run or a checkpoint."""
+    if (path / "model" / "model_index.json").is_file():
+        return f"It is a run; its model is {path / 'model'}."
+    if any((folder / "checkpoints").is_dir() for folder in (path, path.parent.parent)):
+        return (
+            "It is a run or a checkpoint; `sdtrain export` it first, with --format diffusers, and "
+            "give that folder."
+        )
+    return "It has no model_index.json."
 
 
 def read_class(path: Path) -> str:
@@ -211,7 +238,8 @@ def _load_network(path: str, part: str, class_name: str, where: Mapping[str, Any
     try:
         network, info = _whole_or_half(load, Path(path) / part)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{path}: {part} cannot be loaded", _first_line(error)) from None
+        why = _first_line(error)
+        raise DataError(f"{path}: {part} cannot be loaded: {why}", _advice(path, part)) from None
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
     if missing:
         raise DataError(
@@ -219,6 +247,23 @@ def _load_network(path: str, part: str, class_name: str, where: Mapping[str, Any
             "It would train from random weights. Use a complete checkpoint.",
         )
     return network.eval().requires_grad_(False)
+
+
+def _advice(path: str, part: str) -> str:
+    """What to do about a network that cannot be loaded, by what lies in its folder."""
+    folder = Path(path) / part
+    if not Path(path).is_dir():
+        return "Try again; if it stays so, choose another repository."
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if not names:
+        return f"There is nothing in {folder}. Use a complete folder."
+    whole = [name for name in names if name.endswith(".safetensors")]
+    found = f"{folder} holds {', '.join(names)}. "
+    if not whole:
+        return found + "Only .safetensors are read; convert it, or download those."
+    if all(name.count(".") > 1 for name in whole):
+        return found + f"Only the variant {HALF} is known; take `.variant` out of the names."
+    return found + "Download them again."
 
 
 def _whole_or_half(load: Callable[[str | None], Any], folder: Path) -> Any:

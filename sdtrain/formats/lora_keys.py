@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sdtrain.formats.single_file_keys import unet_key
+from sdtrain.formats.tensor_files import save_tensors
 
 Modules = Mapping[str, Mapping[str, Tensor]]
 """Canonical module path to its tensors by the end of their key, such as `lora_down.weight`."""
@@ -23,8 +24,6 @@ MAGNITUDE = "lora_magnitude_vector"
 
 def write_diffusers(path: Path, modules: Modules, about: Mapping[str, str] | None = None) -> Path:
     """Write `unet.….lora_A.weight`, with alpha in the metadata, where diffusers looks for it."""
-    from safetensors.torch import save_file
-
     tensors = {}
     settings: dict[str, Any] = {}
     for module, ends in modules.items():
@@ -41,8 +40,8 @@ def write_diffusers(path: Path, modules: Modules, about: Mapping[str, str] | Non
         # peft matches ends of live names, which lack the prefix under transformers 5.
         targets = settings.setdefault(f"{part}.target_modules", [])
         targets.append(name.removeprefix("text_model."))
-    own = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
-    save_file(tensors, str(path), metadata={**(about or {}), **own})
+    own = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    save_tensors(path, tensors, {**(about or {}), **own})
     return path
 
 
@@ -50,8 +49,6 @@ def write_kohya(
     path: Path, modules: Modules, family: Any, about: Mapping[str, str] | None = None
 ) -> Path:
     """Write `lora_unet_….lora_down.weight`, `.alpha` and what else the adapter has."""
-    from safetensors.torch import save_file
-
     has_two_encoders = "text_encoder_2" in family.parts
     config = family.parts["unet"].config
     tensors = {}
@@ -59,7 +56,7 @@ def write_kohya(
         stem = kohya_stem(module, has_two_encoders=has_two_encoders, unet_config=config)
         for end, tensor in ends.items():
             tensors[f"{stem}.{end}"] = _plain(tensor)
-    save_file(tensors, str(path), metadata={**(about or {}), "format": "pt"})
+    save_tensors(path, tensors, about or {})
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from sdprep.console import say, warn
-from sdprep.errors import DataError, UserError
+from sdprep.errors import DataError
 from sdtrain.formats import single_file_keys as keys
 from sdtrain.formats.diffusers import Folder
 from sdtrain.formats.modelspec import HASH, write_hash
 from sdtrain.formats.schedulers import FLOW_SHIFT, flow_scheduler
+from sdtrain.formats.tensor_files import read_tensors, save_tensors
 from sdtrain.paths import WRAPPERS, canonical_path, is_adapter
 
-ENDINGS = (".safetensors", ".ckpt", ".bin")
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 AVERAGED = "model_ema."
@@ -34,11 +33,12 @@ _NETWORKS = {
 # Tensors of the original code that no network here needs.
 _OPTIONAL = ("position_ids", "logit_scale", "transformer.text_projection.weight")
 _SHOWN = 5
-
-
-def is_single_file(path: str) -> bool:
-    """Whether a model path names a single file and no folder or repository."""
-    return path.endswith(ENDINGS) and not Path(path).is_dir()
+A_LORA = "a LoRA"
+_SIZES = "model.config names a folder with the file's sizes."
+_INPAINTING = (
+    "Its UNet takes more channels than latents have, as models for inpainting or editing do, "
+    "which are not trained here. Use the checkpoint that it was made from."
+)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -114,12 +114,10 @@ def write_single_file(
     Raises:
         DataError: a number does not fit the precision.
     """
-    from safetensors.torch import save_file
-
     made = {key: cast(key, tensor, dtype) for key, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.new")
-    save_file(made, str(scratch), metadata={"format": "pt", **metadata})
+    save_tensors(scratch, made, metadata)
     if HASH in metadata:
         write_hash(scratch)
     scratch.replace(path)
@@ -190,43 +188,8 @@ def load_single_file(
     _refuse_other_names(path, tensors, wanted)
     for part, network in networks.items():
         _fill(path, part, network, tensors, wanted)
-    scheduler = _marked(blueprint.scheduler, tensors, metadata)
+    scheduler = _marked(path, blueprint.scheduler, tensors, metadata)
     return Folder(pipeline_class, networks, dict(blueprint.tokenizers), scheduler, {})
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file; pickled ones are opened without running anything in them.
-
-    Raises:
-        UserError: there is no such file.
-        DataError: it is damaged, or holds more than tensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UserError(f"there is no single file {path}", "Check model.path.")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), framework="pt") as file:
-                names = list(file.keys())
-                return {key: file.get_tensor(key) for key in names}, file.metadata() or {}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"{path} cannot be read", str(error).splitlines()[0]) from None
-    except Exception as error:  # torch names no class for what it will not unpickle
-        named = re.search(r"GLOBAL (\S+)", str(error))  # its advice is to run it after all
-        raise DataError(
-            f"{path} holds more than tensors and is not opened"
-            + (f": it would import {named[1]}" if named else ""),
-            "Convert it to .safetensors with a tool you trust.",
-        ) from None
-    inner = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(inner, dict):
-        raise DataError(
-            f"{path} holds a {type(inner).__name__}, not tensors by name",
-            "A checkpoint is a dictionary, or has one under state_dict.",
-        )
-    return {key: value for key, value in inner.items() if isinstance(value, Tensor)}, {}
 
 
 def _normal(key: str) -> str:
@@ -278,6 +241,11 @@ def _refuse_other_names(
             + ("" if kind.endswith("alone") else f"; it looks like {kind}"),
             "Use a complete checkpoint, one that was saved with all of its networks.",
         )
+    if len(missing) == len(wanted) and kind == A_LORA:
+        raise DataError(
+            f"{path} is a LoRA or another adapter, not a model",
+            "model.path is the model that it was made for. `sdtrain validate` takes both.",
+        )
     if missing or unexpected:
         raise DataError(
             f"{path} does not fit this model; it looks like {kind}",
@@ -318,7 +286,7 @@ def _some(names: list[str]) -> str:
 def looks_like(tensors: Mapping[str, Tensor]) -> str:
     """What kind of file it is, by its names."""
     kinds = (
-        ("lora", "a LoRA"),
+        ("lora", A_LORA),
         (keys.SECOND_ENCODER, "Stable Diffusion XL (family sdxl)"),
         ("conditioner.embedders.0.model.", "the refiner of Stable Diffusion XL"),
         ("cond_stage_model.model.", "Stable Diffusion 2"),
@@ -361,7 +329,8 @@ def _fill(
             ):
                 raise DataError(
                     f"{path}: {key} gives {tuple(piece.shape)}, {part} has {tuple(shapes[name])}",
-                    f"The file looks like {looks_like(tensors)}, but of other sizes.",
+                    f"The file looks like {looks_like(tensors)}, but of other sizes. "
+                    + (_INPAINTING if _is_inpainting(key, tensors[key], shapes[name]) else _SIZES),
                 )
             # A 1 by 1 convolution and a matrix are the same numbers; files have either.
             whole = piece.to(torch.float32).reshape(shapes[name])
@@ -372,6 +341,12 @@ def _fill(
         place, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(place), leaf, torch.arange(buffer.shape[-1])[None])
     network.eval().requires_grad_(False)
+
+
+def _is_inpainting(key: str, tensor: Tensor, wanted: torch.Size) -> bool:
+    """Whether only the number of channels that go in differs: inpainting has 9, editing 8."""
+    is_first = key == f"{keys.UNET}input_blocks.0.0.weight" and tensor.dim() == len(wanted)
+    return is_first and tensor.shape[1] > wanted[1] and tensor.shape[0] == wanted[0]
 
 
 def _bare(shape: torch.Size) -> torch.Size:
@@ -385,14 +360,16 @@ def _split(tensor: Tensor, entry: keys.Entry) -> list[Tensor]:
     return [tensor.t() if entry.layout == "transposed" else tensor]
 
 
-def _marked(scheduler: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
+def _marked(
+    path: Path, scheduler: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Any:
     """The noise schedule with what the file says about prediction."""
     if metadata.get("modelspec.prediction_type") == "flow":
         return flow_scheduler(float(metadata.get(FLOW_SHIFT, 1)))
     is_v = V_MARKER in tensors or metadata.get("modelspec.prediction_type", "").startswith("v")
     if not is_v:
         if ZERO_SNR_MARKER in tensors:
-            warn("the file has ztsnr but not v_pred; zero-terminal SNR needs v-prediction: ignored")
+            warn(f"{path} has ztsnr but not v_pred; zero-terminal SNR needs v-prediction: ignored")
         return scheduler
     options: dict[str, Any] = {"prediction_type": "v_prediction"}
     if ZERO_SNR_MARKER in tensors:
