@@ -86,9 +86,10 @@ def train(
             warn(conflict)
         talk.print(setup.plan.table(), markup=False, soft_wrap=True)
         worst, where = setup.worst_step_ratio
+        past = "after the warm-up, " if setup.warmup_samples else ""
         say(
-            f"from one step to the next the rate changes by ×{worst:.4g} at most, at {where:,} "
-            "samples"
+            f"{past}from one step to the next the rate changes by ×{worst:.4g} at most, "
+            f"at {where:,} samples"
         )
         world.on_main(lambda: stack.enter_context(folder.writing()))
         stop = stack.enter_context(StopRequest())

@@ -13,6 +13,7 @@ import torch
 from sdprep.errors import UserError
 from sdtrain import checkpoint, trainer, update
 from sdtrain.recipe import load_train_recipe
+from sdtrain.run_folder import RunFolder
 from sdtrain.trackers.jsonl import JsonlTracker
 from tests import mini_family
 
@@ -194,6 +195,16 @@ def test_a_full_disk_at_the_very_end(
     assert str(tmp_path / "run" / "checkpoints" / "16") in caught.value.hint
     assert not list((tmp_path / "run").glob("*model*"))
     assert train().model == str(tmp_path / "run" / "model")
+
+
+def test_a_second_writer_is_told_which_folder_and_who(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "two.b")
+    with (
+        folder.writing(),
+        pytest.raises(UserError, match=r"run folder \S+two\.b is being written by process \d+"),
+        RunFolder(folder.path).writing(),
+    ):
+        pass
 
 
 def test_an_interrupted_step_is_replayed_whole(
