@@ -260,7 +260,7 @@ def _length(setup: Setup, slots: Sequence[Slot]) -> dict[str, Any]:
 
 
 def _learning_rate(setup: Setup) -> dict[str, Any]:
-    """The curve at a few points, and the largest change from one step to the next."""
+    """The curve at a few points, and the largest change from one step to the next after warm-up."""
     schedule, batch = setup.schedule(), setup.recipe.data.batch_size
     points = sorted({round(i * (setup.num_steps - 1) / (CURVE_POINTS - 1)) for i in range(9)})
     clocks = [point * batch for point in points]
@@ -274,6 +274,7 @@ def _learning_rate(setup: Setup) -> dict[str, Any]:
         "lr": {name: [each[name] for each in rates] for name in peaks},
         "worst_ratio": worst,
         "worst_ratio_at": where,
+        "warmup_samples": setup.warmup_samples,
         "scaled_by": setup.recipe.lr_factor,
         "per_sample_root": {name: lr / batch**0.5 for name, lr in peaks.items()},
     }

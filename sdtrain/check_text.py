@@ -194,9 +194,10 @@ def _learning_rate(rates: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name}: " + "  ".join(f"{value:.3g}" for value in values))
     if rates["scaled_by"] != 1:
         lines.append(f"these are the recipe's rates times {rates['scaled_by']:.6g} (lr_scaling)")
+    past = " after the warm-up" if rates["warmup_samples"] else ""
     lines.append(
-        f"largest change from one step to the next: x{rates['worst_ratio']:.4g}, "
-        f"at {rates['worst_ratio_at']:,} samples"
+        f"largest change from one step to the next{past}: "
+        f"x{rates['worst_ratio']:.4g}, at {rates['worst_ratio_at']:,} samples"
     )
     return lines
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdprep.errors import UserError
+from sdprep.errors import DataError, UserError
 from sdtrain import checkpoint, page
 from sdtrain.deterministic import what_is_missing
 from sdtrain.disk import is_full
+from sdtrain.world import what_failed
 
 if TYPE_CHECKING:
     from sdtrain.run import Run
@@ -27,10 +28,16 @@ def explained(run: Run) -> Iterator[None]:
     Raises:
         UserError: in place of an out-of-memory error, a full disk or a kernel that is not
             deterministic; other errors pass.
+        DataError: that of a picture, with what to do next.
     """
     try:
         yield
-    except UserError:
+    except UserError as error:
+        if type(error) is DataError and not error.hint:  # a row of the data set, most often
+            raise DataError(
+                error.message,
+                f"Mend that file, or leave it out. {newest_checkpoint(run.folder.checkpoints)}",
+            ) from error
         raise
     except Exception as error:
         if _is_out_of_memory(error):
@@ -68,7 +75,7 @@ def noted(trackers: Sequence[Any], run: Run) -> Iterator[None]:
         yield
     except Exception as error:
         if trackers:
-            message = error.message if isinstance(error, UserError) else repr(error)
+            message = what_failed(error)
             line = {"kind": "error", "samples_seen": run.samples_seen, "message": message}
             with suppress(OSError):  # the disk may be what failed
                 trackers[0].log(line)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sdprep.errors import DataError
@@ -163,7 +164,7 @@ def _conformed(table: pa.Table, shard: Shard, first: int, schema: pa.Schema) -> 
         found = texts if field.name in texts.column_names else table
         if field.name == "repeats":
             ids = Ids(table["id"].chunks)
-            columns.append(pa.array(whole_repeats(table, ids, f"{shard}, row {first}")))
+            columns.append(pa.array(whole_repeats(table, ids, str(shard), first)))
         elif field.name in found.column_names:
             columns.append(_cast(found[field.name], field, shard))
         else:
@@ -171,7 +172,8 @@ def _conformed(table: pa.Table, shard: Shard, first: int, schema: pa.Schema) -> 
     made = pa.table(columns, schema)
     empty = [n for n in _NEVER_EMPTY if n in schema.names and made[n].null_count]
     if empty:
-        raise DataError(f"{shard}: a row from {first} on has no {empty[0]}", "Publish it again.")
+        row = first + pc.index(pc.is_null(made[empty[0]]), True).as_py()
+        raise DataError(f"{shard}, row {row} has no {empty[0]}", "Publish it again.")
     return made
 
 

@@ -14,13 +14,16 @@ MOST = 10_000
 """More than that is a mistake: an epoch would be one picture."""
 
 
-def whole_repeats(table: pa.Table, ids: Sequence[str], where: str) -> np.ndarray:
+def whole_repeats(
+    table: pa.Table, ids: Sequence[str], where: str, first: int | None = None
+) -> np.ndarray:
     """The column `repeats` as whole numbers of at least 1; missing ones are 1.
 
     Args:
         table: rows, with such a column or without.
         ids: their ids, for the message.
         where: file or table, for the message.
+        first: number of the first of these rows in it, for the message; None: not known.
 
     Returns:
         (rows,) int64.
@@ -36,7 +39,8 @@ def whole_repeats(table: pa.Table, ids: Sequence[str], where: str) -> np.ndarray
         if not len(values) or (values.min() >= 1 and values.max() <= MOST):
             return values
     checked = [
-        _whole(value, id_, where) for value, id_ in zip(column.to_pylist(), ids, strict=True)
+        _whole(value, id_, where if first is None else f"{where}, row {first + at}")
+        for at, (value, id_) in enumerate(zip(column.to_pylist(), ids, strict=True))
     ]
     return np.array(checked, np.int64)
 

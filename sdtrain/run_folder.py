@@ -62,7 +62,8 @@ class RunFolder:
             try:
                 stack.enter_context(WriterLock(self.path / f".{self.path.name}.lock").hold())
             except DataError as error:
-                raise UserError(f"run folder {self.path}: {error.message}", error.hint) from None
+                what = error.message.removeprefix(f".{self.path.name} ")  # what the lock calls it
+                raise UserError(f"run folder {self.path} {what}", error.hint) from None
             yield
 
     def describe(self, recipe: TrainRecipe, facts: dict[str, Any]) -> None:

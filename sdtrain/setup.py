@@ -204,12 +204,16 @@ class Setup:
         """Built once: some simulate the whole run before they agree to it."""
         return self.recipe.schedule.build(self.schedule_samples, self.recipe.data.batch_size)
 
+    @property
+    def warmup_samples(self) -> int:
+        """Samples over which the rate only rises; 0: none."""
+        return int(getattr(self.recipe.schedule, "warmup_samples", 0))
+
     @cached_property
     def worst_step_ratio(self) -> tuple[float, int]:
         """Largest change of the rate between two steps after the warm-up, and its clock."""
-        warmup = getattr(self.recipe.schedule, "warmup_samples", 0)
         batch = self.recipe.data.batch_size
-        return worst_step_ratio(self.schedule(), warmup, self.schedule_samples, batch)
+        return worst_step_ratio(self.schedule(), self.warmup_samples, self.schedule_samples, batch)
 
     @cached_property
     def phases(self) -> PhasePlan | None:

@@ -33,7 +33,7 @@ from sdtrain.stable_eval import ProbeSet
 from sdtrain.stopping import StopRequest
 from sdtrain.trackers.jsonl import read_metrics
 from sdtrain.tracking import open_trackers
-from sdtrain.update import Parts, take_step
+from sdtrain.update import Parts, refuse_spoilt, take_step
 from sdtrain.world import ALONE, World
 
 
@@ -86,9 +86,10 @@ def train(
             warn(conflict)
         talk.print(setup.plan.table(), markup=False, soft_wrap=True)
         worst, where = setup.worst_step_ratio
+        past = "after the warm-up, " if setup.warmup_samples else ""
         say(
-            f"from one step to the next the rate changes by ×{worst:.4g} at most, at {where:,} "
-            "samples"
+            f"{past}from one step to the next the rate changes by ×{worst:.4g} at most, "
+            f"at {where:,} samples"
         )
         world.on_main(lambda: stack.enter_context(folder.writing()))
         stop = stack.enter_context(StopRequest())
@@ -256,7 +257,11 @@ def conclude(run: Run, course: Course, trackers: Sequence[Any]) -> None:
 
 
 def save(run: Run, trackers: Sequence[Any]) -> None:
-    """Write a checkpoint; what was logged so far reaches the disk before it."""
+    """Write a checkpoint; what was logged so far reaches the disk before it.
+
+    Raises:
+        DivergedError: a weight is no number.
+    """
     setup = run.setup
     run.check_what_moved()
     wanted = setup.recipe.checkpoint
@@ -269,6 +274,7 @@ def save(run: Run, trackers: Sequence[Any]) -> None:
         for tracker in trackers:
             tracker.sync()
         assert snapshot is not None, "made above"
+        refuse_spoilt(run, snapshot.trained)
         checkpoint.write(run.folder.checkpoints, snapshot, wanted.keep, best)
         if verdict:
             point_to_best(run.folder.checkpoints, verdict)

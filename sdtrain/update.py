@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from sdprep.errors import UserError
 from sdprep.seeding import integer
 from sdtrain.batch import Batch
 from sdtrain.buckets import Step
+from sdtrain.checkpoint import checkpoints
 from sdtrain.failures import newest_checkpoint
 from sdtrain.loader import MicroBatch
 from sdtrain.run import Run
@@ -177,4 +178,31 @@ def _update(run: Run, ids: Sequence[str]) -> float:
 def _what_to_try(run: Run) -> str:
     is_mixed = run.setup.recipe.precision.mixed != "no"
     ways = 'a warm-up, or precision.mixed = "no"' if is_mixed else "or a warm-up"
-    return f"Try a lower learning rate, {ways}. {newest_checkpoint(run.folder.checkpoints)}"
+    try_this = f"Try a lower learning rate, {ways}."
+    newest = checkpoints(run.folder.checkpoints)[-1:]
+    if not newest:
+        return f"{try_this} {newest_checkpoint(run.folder.checkpoints)}"
+    return (
+        f"{try_this} The newest checkpoint is {newest[0]}: from there the same command ends here "
+        "again, and a changed recipe goes on with --accept-change and the keys that it then names; "
+        "with --resume and an older checkpoint, if that one is spoilt already."
+    )
+
+
+def refuse_spoilt(run: Run, trained: Mapping[str, Tensor]) -> None:
+    """Keep weights that are no numbers out of checkpoints, where they would replace good ones.
+
+    Args:
+        run: its clock and older checkpoints are named.
+        trained: what is about to be saved, whole, by canonical path.
+
+    Raises:
+        DivergedError: a tensor holds NaN or infinity.
+    """
+    bad = [path for path, tensor in trained.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise DivergedError(
+            f"after {run.samples_seen:,} samples {len(bad)} of {len(trained)} trained tensors hold "
+            f"what is no number, the first {bad[0]}; no checkpoint is written",
+            _what_to_try(run),
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,9 +24,9 @@ CONNECT_TIMEOUT = timedelta(minutes=10)
 WAIT_TIMEOUT = timedelta(hours=4)
 """Longer than the main process may take alone: drawing pictures, writing 30 GB to a slow disk."""
 
-FAILED_KEY = "failed"
+FAILED_KEY, WHY_KEY = "failed", "why"
 T = TypeVar("T")
-_was_connected: list[bool] = []
+_stores: list[Any] = []  # of the processes that this one is or was connected with
 
 
 class PeerFailedError(Exception):
@@ -182,21 +182,21 @@ def connected() -> Iterator[World]:
         yield world
         return
     store = _join(world)
-    _was_connected.append(True)
+    _stores.append(store)
     if not world.is_main:
         talk.quiet = out.quiet = True
     try:
         yield world
         world.add_up(torch.zeros(1))  # nobody hangs up while others still talk
     except UserError as error:
-        if not _is_first_to_fail(store):
+        if not _is_first_to_fail(store, error.message):
             sys.exit(error.exit_code)
         talk.quiet = False
         raise
     except PeerFailedError:
         sys.exit(1)
     except Exception as error:
-        if not _is_first_to_fail(store):
+        if not _is_first_to_fail(store, repr(error)):
             sys.exit(1)
         talk.quiet = False
         if _is_lost_connection(error):
@@ -217,8 +217,11 @@ def end_process(code: Any) -> None:
     Threads of the process group may still hold Python objects. Where they let go of them while the
     interpreter winds up, it aborts (seen with gloo on a busy machine), and a good end looks bad.
     """
-    if not _was_connected:
+    if not _stores:
         return
+    from multiprocessing.util import _run_finalizers  # type: ignore[attr-defined]
+
+    _run_finalizers(0)  # else Python warns of semaphores that the loaders' queues leave behind
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
@@ -314,9 +317,21 @@ def _join(world: World) -> Any:
     return store
 
 
-def _is_first_to_fail(store: Any) -> bool:
+def what_failed(error: Exception) -> str:
+    """An error in words; where it only says that another process is gone, what that one said."""
+    if _stores and _is_lost_connection(error):
+        with suppress(RuntimeError):  # the store may be gone, too
+            if _stores[-1].check([WHY_KEY]):
+                return str(_stores[-1].get(WHY_KEY).decode())
+    return error.message if isinstance(error, UserError) else repr(error)
+
+
+def _is_first_to_fail(store: Any, why: str) -> bool:
     try:
-        return int(store.add(FAILED_KEY, 1)) == 1
+        is_first = int(store.add(FAILED_KEY, 1)) == 1
+        if is_first:
+            store.set(WHY_KEY, why)
+        return is_first
     except RuntimeError:  # it went with the process that held it, which failed before
         return False
 

@@ -99,3 +99,13 @@ def test_the_whole_recipe_is_shown(train_recipe: Callable[..., Path]) -> None:
             for key, value in values.items():
                 assert value is None or f"{key} = " in shown, (section, key)
     assert f"seed = {found['recipe']['seed']}" in shown
+
+
+def test_the_largest_change_says_that_the_warm_up_is_not_in_it(
+    train_recipe: Callable[..., Path],
+) -> None:
+    """At constant rate nothing changes after it; the second step of the warm-up is a leap."""
+    for warmup, words in ((8, "the next after the warm-up: x1,"), (0, "the next: x1,")):
+        settings = ("schedule.type=constant", f"schedule.warmup_samples={warmup}")
+        _, said = facts(train_recipe(), *settings)
+        assert words in said

@@ -23,6 +23,7 @@ from sdprep.errors import UserError
 from sdtrain import checkpoint, launch, trainer
 from sdtrain.engine import PIECE_BYTES, _pieces
 from sdtrain.recipe import load_train_recipe
+from sdtrain.setup import open_setup
 from sdtrain.stopping import StopRequest
 from sdtrain.trackers.jsonl import read_metrics
 from sdtrain.world import ALONE, World, _announced
@@ -396,3 +397,25 @@ def test_an_error_of_all_processes_is_said_once(train_recipe: Any, tmp_path: Pat
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("is no run folder") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_picture_that_one_process_cannot_read_is_said_once_and_written_down(
+    train_recipe: Any, tmp_path: Path
+) -> None:
+    """Process 0 only loses its peer; what it writes down is the cause, not that."""
+    rows = [prepared_row(number) for number in range(8)]
+    path = train_recipe(data=write_prepared(tmp_path / "data", rows))
+    setup = open_setup(load_train_recipe(path, ["data.resolution_px=32"]), ALONE)
+    last = next(setup.order.steps(0, 22, 4)).slots[-1].sample_id  # a sample of process 1
+    next(row for row in rows if row["id"] == last)["image"]["bytes"] = b"no picture"
+    write_prepared(tmp_path / "data", rows)
+    words = ("--set", "data.resolution_px=32", "--set", "data.workers=1")
+    done = run_failing(command(path, "--num-processes", "2", *words))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("does not decode") == 1
+    assert "There is no checkpoint yet" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "leaked" not in done.stderr
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert f"({last})" in line["message"]

@@ -13,6 +13,7 @@ import torch
 from sdprep.errors import UserError
 from sdtrain import checkpoint, trainer, update
 from sdtrain.recipe import load_train_recipe
+from sdtrain.run_folder import RunFolder
 from sdtrain.trackers.jsonl import JsonlTracker
 from tests import mini_family
 
@@ -116,6 +117,30 @@ def test_a_loss_that_is_no_number_names_the_checkpoint(
             train()
     assert "after 8 samples" in caught.value.message
     assert str(tmp_path / "run" / "checkpoints" / "8") in caught.value.hint
+    assert "the same command goes on" not in caught.value.hint  # it would end there again
+    assert "--accept-change" in caught.value.hint
+    assert train().is_finished
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The last update before a checkpoint spoils them, which no loss has seen yet."""
+    original = update._update
+
+    def spoil(run: Any, ids: Any) -> float:
+        norm = original(run, ids)
+        if run.samples_seen == 8:
+            next(iter(run.trained.values())).data.view(-1)[0] = float("inf")
+        return norm
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "_update", spoil)
+        with pytest.raises(update.DivergedError, match="after 12 samples 1 of") as caught:
+            train()
+    kept = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["4", "8"]
+    assert str(kept[-1]) in caught.value.hint
     assert train().is_finished
 
 
@@ -170,6 +195,16 @@ def test_a_full_disk_at_the_very_end(
     assert str(tmp_path / "run" / "checkpoints" / "16") in caught.value.hint
     assert not list((tmp_path / "run").glob("*model*"))
     assert train().model == str(tmp_path / "run" / "model")
+
+
+def test_a_second_writer_is_told_which_folder_and_who(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "two.b")
+    with (
+        folder.writing(),
+        pytest.raises(UserError, match=r"run folder \S+two\.b is being written by process \d+"),
+        RunFolder(folder.path).writing(),
+    ):
+        pass
 
 
 def test_an_interrupted_step_is_replayed_whole(

@@ -411,8 +411,8 @@ def test_without_room_for_a_copy_texts_are_read_from_shards(
 @pytest.mark.parametrize(
     ("column", "values", "words"),
     [
-        ("repeats", pa.array([1.0, 2.5]), "repeats = 2.5"),
-        ("repeats", pa.array([1, 0]), "repeats = 0"),
+        ("repeats", pa.array([1.0, 2.5]), "row 1: image .* repeats = 2.5"),
+        ("repeats", pa.array([1, 0]), "row 1: image .* repeats = 0"),
         ("repeats", pa.array([1, -3]), "repeats = -3"),
         ("repeats", pa.array([1, 10**9]), "repeats = 1000000000"),
         ("repeats", pa.array([1.0, float("nan")]), "repeats = nan"),
@@ -420,8 +420,9 @@ def test_without_room_for_a_copy_texts_are_read_from_shards(
         ("repeats", pa.array([True, False]), "repeats = True"),
         ("score", pa.array([1.0, 2.5]), "column score"),
         ("tags", pa.array([1, 2]), "column tags"),
-        ("id", pa.array(["a", None]), "no id"),
-        ("width", pa.array([None, 3]), "no width"),
+        ("id", pa.array(["a", None]), "row 1 has no id"),
+        ("width", pa.array([None, 3]), "row 0 has no width"),
+        ("height", pa.array([3, None]), "row 1 has no height"),
     ],
 )
 def test_rows_that_make_no_sense_are_refused_by_name(
