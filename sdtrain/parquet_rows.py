@@ -174,6 +174,14 @@ def _conformed(table: pa.Table, shard: Shard, first: int, schema: pa.Schema) -> 
     if empty:
         row = first + pc.index(pc.is_null(made[empty[0]]), True).as_py()
         raise DataError(f"{shard}, row {row} has no {empty[0]}", "Publish it again.")
+    for name in [n for n in ("width", "height") if n in schema.names]:
+        row = pc.index(pc.less(made[name], 1), True).as_py()
+        if row >= 0:
+            found_px = made[name][row].as_py()
+            raise DataError(
+                f"{shard}, row {first + row} has {name} = {found_px}, expected 1 px or more",
+                "Publish it again.",
+            )
     return made
 
 

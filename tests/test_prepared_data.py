@@ -423,6 +423,7 @@ def test_without_room_for_a_copy_texts_are_read_from_shards(
         ("id", pa.array(["a", None]), "row 1 has no id"),
         ("width", pa.array([None, 3]), "row 0 has no width"),
         ("height", pa.array([3, None]), "row 1 has no height"),
+        ("width", pa.array([3, -3]), "row 1 has width = -3"),
     ],
 )
 def test_rows_that_make_no_sense_are_refused_by_name(
