@@ -166,8 +166,9 @@ def _chunks(chunks: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{n}: {rows:,} ({shares[n]:g} %)" for n, rows in by_chunks)
     return [
         f"rows by chunks of 75 tokens, first epoch, {chunks['looked_at']:,} rows: {counts}",
-        f"cut at model.max_chunks: {chunks['cut']:,} prompts lose {chunks['tokens_cut']:,} tokens",
-        f"shortened to fit prompt.max_chunks: {chunks['shortened']:,} prompts lose "
+        f"cut at model.max_chunks: {amount(chunks['cut'], 'prompt')}, by "
+        f"{amount(chunks['tokens_cut'], 'token')}",
+        f"shortened to fit prompt.max_chunks: {amount(chunks['shortened'], 'prompt')}, by "
         f"{chunks['units_removed']:,} tags or words",
         f"rows without any text: {chunks['without_text']:,}",
         f"captions dropped: {chunks['dropped']:,}; empty prompts in all: {chunks['empty']:,}",
@@ -180,7 +181,7 @@ def _length(found: Mapping[str, Any]) -> list[str]:
         f"{length['samples']:,} samples = {length['steps']:,} steps of {length['batch_size']} "
         f"= {length['epochs']:.4g} epochs; the last step has {length['last_step_samples']}",
         f"micro-batch {length['micro_batch_size']}: the first step takes "
-        f"{length['forwards_in_first_step']} forwards",
+        f"{amount(length['forwards_in_first_step'], 'forward')}",
         f"a checkpoint every {length['checkpoint_every_samples']:,} samples",
     ]
 

@@ -19,6 +19,7 @@ from sdprep.errors import UserError
 from sdtrain.cli import app
 from sdtrain.recipe import load_train_recipe
 from sdtrain.setup import open_setup
+from sdtrain.wording import amount
 
 Recipe = Callable[..., Path]
 
@@ -143,7 +144,7 @@ def test_check_counts_what_is_cut_off_prompts(train_recipe: Recipe) -> None:
     assert len(beyond) > 0
     assert (found["cut"], found["tokens_cut"]) == (len(beyond), sum(beyond))
     said = call("check", path, "--set", "model.max_chunks=1").stdout
-    assert f"{found['cut']} prompts lose {found['tokens_cut']:,} tokens" in said
+    assert f"{amount(found['cut'], 'prompt')}, by {found['tokens_cut']:,} tokens" in said
 
 
 def test_check_in_words_and_dry_run_are_the_same(train_recipe: Recipe) -> None:
