@@ -16,18 +16,19 @@ from sdtrain.check_facts import (
     device_bytes,
     num_groups_in_both,
     num_in_both,
-    part_hashes,
     precision_conflicts,
     sketch,
 )
 from sdtrain.dataset import Rows, policy_words
 from sdtrain.memory import checkpoint_bytes, memory
 from sdtrain.planned import rates_at
+from sdtrain.probe_sets import usual_levels
 from sdtrain.recipe import TrainRecipe
 from sdtrain.resolution import expected_percent
 from sdtrain.run_folder import versions
 from sdtrain.setup import Setup, gpu_without_torch, open_setup
 from sdtrain.stored_formats import conflicts, model_files, stored_formats
+from sdtrain.tensor_hashes import part_hashes
 from sdtrain.wording import FORWARDS_PER_TRAINING_SAMPLE
 
 CHUNK_ROWS = 2_000
@@ -108,7 +109,7 @@ def _model(setup: Setup) -> dict[str, Any]:
         "prediction_type": family.prediction_type,
         "fingerprint": setup.conditions()["model_fingerprint"],
         "files": model_files(setup.recipe.model.path, family.parts),
-        "hashes": part_hashes(setup.start_hashes),
+        "hashes": part_hashes(dict(sorted(setup.start_hashes.items()))),
         "stored": stored_formats(setup.recipe.model.path, family.parts),
         "resolution_px": setup.recipe.data.resolution_px or family.default_resolution_px,
         "bucket_multiple_px": family.bucket_multiple_px,
@@ -291,7 +292,7 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
     if wanted.forgetting is not None:
         images["forgetting"] = wanted.forgetting.images
     per_image = {
-        name: (16 if count < 16 else 4)
+        name: usual_levels(count)
         if wanted.timesteps_per_image == "auto"
         else int(wanted.timesteps_per_image)
         for name, count in images.items()

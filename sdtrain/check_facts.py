@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from sdprep.seeding import digest
 from sdtrain.buckets import Assignment
 from sdtrain.dataset import Rows, TrainingData
 
@@ -54,21 +53,6 @@ def _groups(rows: Rows, kept: np.ndarray) -> set[str]:
         for record in rows.records(kept[start : start + _READ_ROWS].tolist()):
             found.add(record.get("group_id"))
     return {group for group in found if group}
-
-
-def part_hashes(start_hashes: Mapping[str, str]) -> dict[str, str]:
-    """One hash for each network.
-
-    Args:
-        start_hashes: hash of each tensor, by `part.path`.
-    """
-    parts = dict.fromkeys(path.split(".")[0] for path in start_hashes)
-    return {
-        part: digest(
-            "part", *sorted(item for item in start_hashes.items() if item[0].startswith(f"{part}."))
-        )
-        for part in parts
-    }
 
 
 def device_bytes(device: torch.device) -> int | None:

@@ -88,10 +88,6 @@ class Prior:
         rows, caption = self.data.train, self.section.caption
         return rows if caption is None else OneCaption(rows, caption)
 
-    def num_samples(self, samples_seen: int) -> int:
-        """How many of the first samples of the stream are of the prior."""
-        return int(samples_seen * Fraction(str(self.section.fraction)))
-
     def order(
         self, train: GlobalOrder, *, num_train: int, seed: int, run_samples: int, family: Family
     ) -> PriorOrder:
@@ -189,13 +185,13 @@ class PriorOrder:
     def __init__(
         self, train: GlobalOrder, prior: GlobalOrder, section: PriorSection, num_train: int
     ) -> None:
-        self._train, self._prior, self._num_train = train, prior, num_train
+        self.train, self.prior, self._num_train = train, prior, num_train
         self._fraction, self._weight = Fraction(str(section.fraction)), section.weight
 
     @property
     def epoch_samples(self) -> int:
         """Samples until every training row was seen once, those of the prior included."""
-        return round(self._train.epoch_samples / (1 - self._fraction))
+        return round(self.train.epoch_samples / (1 - self._fraction))
 
     def num_prior(self, samples_seen: int) -> int:
         """How many of the first samples are of the prior."""
@@ -204,7 +200,7 @@ class PriorOrder:
     def slots(self, samples_seen: int = 0) -> Iterator[Slot]:
         """The stream from a position of the clock on; it never ends."""
         before = self.num_prior(samples_seen)
-        train, prior = self._train.slots(samples_seen - before), self._prior.slots(before)
+        train, prior = self.train.slots(samples_seen - before), self.prior.slots(before)
         for clock in count(samples_seen):
             if self.num_prior(clock + 1) == self.num_prior(clock):
                 yield next(train)

@@ -198,6 +198,11 @@ def _must_fit(shared: Probe, plain: Probe, where: str) -> None:
             )
 
 
+def usual_levels(num_images: int) -> int:
+    """Noise levels per image where the recipe leaves it open."""
+    return 16 if num_images < 16 else 4
+
+
 def plain_probe(
     name: str,
     family: Family,
@@ -241,7 +246,7 @@ def plain_probe(
         name=name,
         seed=seed,
         images=images,
-        num_levels=num_levels or (16 if len(images) < 16 else 4),
+        num_levels=num_levels or usual_levels(len(images)),
         warp=FLAT,
         family=family.name,
         prediction_type=family.prediction_type,

@@ -12,7 +12,6 @@ import torch
 
 from sdprep.console import say, talk
 from sdprep.errors import UserError
-from sdprep.seeding import digest
 from sdtrain import checkpoint
 from sdtrain.averages import Ema, is_schedule_free, put, restored, weights_to_use
 from sdtrain.conditions import refuse_changes
@@ -25,7 +24,7 @@ from sdtrain.phases import PhaseSwitch, resting_left_out
 from sdtrain.precision import Rounding, seen_as_float32
 from sdtrain.run_folder import RunFolder, versions
 from sdtrain.setup import Setup
-from sdtrain.tensor_hashes import tensor_hash, tensor_hashes
+from sdtrain.tensor_hashes import part_hashes, tensor_hash, tensor_hashes
 
 SCALER_START = 2.0**16
 SCALER_GROWTH_SAMPLES = 500_000
@@ -119,11 +118,7 @@ class Run:
 
     def part_hashes(self) -> dict[str, str]:
         """One hash of everything that trains in each part."""
-        by_part: dict[str, list[str]] = {}
-        hashes = tensor_hashes((path, self.trained[path]) for path in sorted(self.trained))
-        for path, value in hashes.items():
-            by_part.setdefault(path.split(".")[0], []).append(value)
-        return {part: digest(part, *hashes) for part, hashes in by_part.items()}
+        return part_hashes(tensor_hashes(sorted(self.trained.items())))
 
     def check_what_moved(self) -> None:
         """At every save: frozen tensors are as they were, and every part that trained has moved.

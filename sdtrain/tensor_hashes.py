@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from sdprep.seeding import digest
 from sdtrain.engine import whole
 
 MOST_THREADS = 8
@@ -42,6 +43,18 @@ def tensor_hashes(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
                 found[first] = result.result()
         found.update((name, result.result()) for name, result in waiting)
     return found
+
+
+def part_hashes(hashes: Mapping[str, str]) -> dict[str, str]:
+    """One hash for each network.
+
+    Args:
+        hashes: of its tensors by `part.path`, sorted.
+    """
+    by_part: dict[str, list[str]] = {}
+    for path, value in hashes.items():
+        by_part.setdefault(path.split(".")[0], []).append(value)
+    return {part: digest(part, *values) for part, values in by_part.items()}
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

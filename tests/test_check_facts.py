@@ -14,6 +14,7 @@ from sdtrain.check_text import check_text
 from sdtrain.recipe import load_train_recipe
 from sdtrain.setup import open_setup
 from sdtrain.stored_formats import model_files
+from sdtrain.tensor_hashes import part_hashes
 from tests.train_data import prepared_row, write_prepared
 
 
@@ -41,9 +42,9 @@ def test_files_are_named_with_their_sizes_and_each_network_with_its_hash(
 
 def test_a_hash_is_that_of_its_own_network_alone() -> None:
     before = {"unet.a": "1", "unet.b": "2", "vae.a": "1"}
-    after = check_facts.part_hashes({**before, "unet.b": "3"})
-    assert after["vae"] == check_facts.part_hashes(before)["vae"]
-    assert after["unet"] != check_facts.part_hashes(before)["unet"]
+    after = part_hashes({**before, "unet.b": "3"})
+    assert after["vae"] == part_hashes(before)["vae"]
+    assert after["unet"] != part_hashes(before)["unet"]
 
 
 @pytest.mark.parametrize(("group", "shared"), [("group7", 0), ("group2", 1)])

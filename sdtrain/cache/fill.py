@@ -17,7 +17,7 @@ from sdtrain.cache.reading import Kept
 from sdtrain.cache.store import EntryStore
 from sdtrain.dataset import renderer
 from sdtrain.loader import MicroBatch, load
-from sdtrain.prior import PREFIX
+from sdtrain.prior import PREFIX, PriorOrder
 
 if TYPE_CHECKING:
     from sdtrain.buckets import Assignment
@@ -138,15 +138,16 @@ def _members(setup: Setup, rows: Sequence[int]) -> Iterator[tuple[list[int], Ass
 
 def _visits(setup: Setup, members: Sequence[int], *, of_prior: bool) -> list[int]:
     """How often the run draws some images at most; repeats in one epoch are counted."""
-    prior, total = setup.prior, setup.total_samples
-    of_it = 0 if prior is None else prior.num_samples(total)
-    if of_prior:
-        assert prior is not None
-        times, drawn = prior.data.train.repeats[prior.assignment.kept], of_it
-    else:
-        times, drawn = setup.data.train.repeats[setup.train.kept], total - of_it
-    epochs = -(-drawn // int(times.sum()))
-    return [epochs * int(times[at]) for at in members]
+    order, total = setup.order, setup.total_samples
+    rows, kept = setup.data.train, setup.train.kept
+    if isinstance(order, PriorOrder):
+        assert setup.prior is not None
+        of_it = order.num_prior(total)
+        order, total = (order.prior, of_it) if of_prior else (order.train, total - of_it)
+        if of_prior:
+            rows, kept = setup.prior.data.train, setup.prior.assignment.kept
+    epochs = -(-total // order.epoch_samples)
+    return [epochs * int(rows.repeats[kept[at]]) for at in members]
 
 
 def windows(setup: Setup) -> Iterator[range]:

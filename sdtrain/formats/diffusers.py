@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sdprep.errors import DataError, UserError, nearest
-from sdtrain.formats.tensor_files import save_tensors
+from sdtrain.formats.tensor_files import first_line, save_tensors
 from sdtrain.paths import canonical_path, is_clip_text
 
 ONE_FILE = "100GB"  # a single file is what most tools expect
@@ -238,7 +238,7 @@ def _load_network(path: str, part: str, class_name: str, where: Mapping[str, Any
     try:
         network, info = _whole_or_half(load, Path(path) / part)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        why = _first_line(error)
+        why = first_line(error)
         raise DataError(f"{path}: {part} cannot be loaded: {why}", _advice(path, part)) from None
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
     if missing:
@@ -287,10 +287,6 @@ def _whole_or_half(load: Callable[[str | None], Any], folder: Path) -> Any:
             raise error from None
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Loading takes a bar per network, several a second with tiny models."""
@@ -316,7 +312,7 @@ def load_tokenizer(path: str, name: str, where: Mapping[str, Any]) -> Any:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder=name, **where)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {name} cannot be loaded", _first_line(error)) from None
+        raise DataError(f"{path}: {name} cannot be loaded", first_line(error)) from None
     if len(tokenizer) < _FEWEST_TOKENS:  # transformers 5 makes an empty one of an absent folder
         raise DataError(
             f"{path}: {name} has no vocabulary, only {len(tokenizer)} tokens",
@@ -340,7 +336,7 @@ def load_scheduler(path: str, index: Mapping[str, Any], where: Mapping[str, Any]
     try:
         return loader.from_pretrained(path, subfolder="scheduler", **where)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: scheduler cannot be loaded", _first_line(error)) from None
+        raise DataError(f"{path}: scheduler cannot be loaded", first_line(error)) from None
 
 
 def copy_tokenizer(source: Path, target: Path, pad_token: str) -> None:

@@ -57,9 +57,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with path.open("rb") as opened:  # by its path PyTorch goes by its name
             content = torch.load(opened, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        size = path.stat().st_size
         raise DataError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read: {first}", _advice(path)
+            f"{path} ({size:,} bytes) cannot be read: {first_line(error)}", _advice(path)
         ) from None
     except Exception as error:  # torch names no class for what it will not unpickle
         if not _is_pickle(_beginning(path)):
@@ -77,6 +77,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "A checkpoint is a dictionary, or has one under state_dict.",
         )
     return {key: value for key, value in inner.items() if isinstance(value, Tensor)}, {}
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first; its name if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _beginning(path: Path) -> bytes:
