@@ -10,6 +10,7 @@ from typing import Any
 from sdprep.console import say
 from sdprep.errors import RecipeError, UserError, nearest
 from sdprep.hub_access import open_hub
+from sdprep.lance_folder import has_version
 from sdprep.prep_recipe import PrepRecipe
 from sdprep.stages import (
     Report,
@@ -105,8 +106,7 @@ def _seeded(config: Any, seed: int) -> Any:
 
 def plan(recipe: PrepRecipe) -> list[tuple[str, Report]]:
     """What a run would do, without doing it: stage by stage, with counts where they are known."""
-    exists = (recipe.table / "_versions").is_dir()
-    table = PhotoTable.open(recipe.table) if exists else None
+    table = PhotoTable.open(recipe.table) if has_version(recipe.table) else None
     steps: list[tuple[str, Report]] = []
     for config in recipe.source:
         settings = config.model_dump(exclude_none=True, mode="json")

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from sdprep.commits import commit_updates
 from sdprep.errors import DataError, UserError, nearest
 from sdprep.journal import Journal
+from sdprep.lance_folder import has_version, is_unborn
 from sdprep.lock import WriterLock
 from sdprep.schema import CORE, FOLDS, REJECT_STAGES, SCHEMA_VERSION
 from sdprep.stored_images import StoredOrder
@@ -51,7 +52,7 @@ class PhotoTable:
         table = cls(path)
         if table.path.suffix != ".lance":
             raise DataError(f"{path} is no table name", "A table is a folder that ends in .lance.")
-        if not (table.path / "_versions").is_dir():
+        if not has_version(table.path):
             if not create:
                 raise DataError(
                     f"there is no table {path}", f"Make one with: sdprep ingest PHOTOS {path}"
@@ -63,12 +64,13 @@ class PhotoTable:
     def _create(self) -> None:
         import lance
 
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and not is_unborn(self.path):
             raise DataError(f"{self.path} exists and is no table", "Choose another name.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _check_hard_links(self.path.parent)
         with self.writer():
-            self._dataset = lance.write_dataset(CORE.empty_table(), str(self.path))
+            if not has_version(self.path):
+                self._dataset = lance.write_dataset(CORE.empty_table(), str(self.path))
 
     def _check_version(self) -> None:
         found = json.loads((self.schema.metadata or {}).get(b"sdprep", b"{}"))

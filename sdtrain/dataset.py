@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sdprep.errors import DataError
+from sdprep.lance_folder import has_version
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.prompts import render_prompt
 from sdprep.recipe import validate
@@ -140,7 +141,7 @@ def open_data(
     if section.streaming:
         section = pinned(section)
     path = Path(section.path)
-    if path.suffix == ".lance" and (path / "_versions").is_dir() and table_data.is_curated(path):
+    if path.suffix == ".lance" and has_version(path) and table_data.is_curated(path):
         needs_split = needs_split and section.splits == "train"
         splits = table_data.open_table(path, with_boxes=with_boxes, needs_split=needs_split)
         policy, manifest = splits.policy or PromptPolicy(), None

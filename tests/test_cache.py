@@ -292,8 +292,11 @@ def test_a_table_whose_files_are_damaged_is_named(tmp_path: Path, at: int | None
         EntryStore(tmp_path / "latents.lance").get([entries[0].key])
 
 
-def test_many_writers_may_fill_one_cache_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_many_writers_may_fill_one_cache_at_once(tmp_path: Path, is_begun: bool) -> None:
     path = tmp_path / "a folder, größer" / "latents.lance"
+    if is_begun:  # what is there before the first version, or after a kill at that moment
+        (path / "_versions").mkdir(parents=True)
 
     def write(writer: int) -> None:
         for block in range(4):
@@ -308,6 +311,43 @@ def test_many_writers_may_fill_one_cache_at_once(tmp_path: Path) -> None:
     found = store.get([*keys, b"\xff" * 16])
     assert sorted(found) == list(range(24))
     assert all(float(entry.tensors()["mean"][0]) == keys[at][0] for at, entry in found.items())
+
+
+def test_blocks_are_joined_and_dropped_while_others_append(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdtrain.cache.store._MANY_FRAGMENTS", 3)
+    path = tmp_path / "latents.lance"
+
+    def write(writer: int) -> None:
+        for block in range(12):
+            key = bytes([writer, block]) * 8
+            EntryStore(path).append([pack(key, "x", "fp32", {"mean": torch.ones(2)})])
+            if block % 4 == 3:
+                EntryStore(path).tidy()
+                EntryStore(path).drop([key])
+                assert EntryStore(path).get([key]) == {}
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, range(6)))
+    kept = [bytes([writer, block]) * 8 for writer in range(6) for block in range(12)]
+    kept = [key for key in kept if key[1] % 4 != 3]
+    assert len(EntryStore(path)) == len(kept) == len(EntryStore(path).get(kept))
+
+
+def test_a_scan_says_that_another_process_joined_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdtrain.cache.store._MANY_FRAGMENTS", 3)
+    store = EntryStore(tmp_path / "latents.lance")
+    for number in range(300):
+        entry = pack(bytes([number % 256]) * 16, "x", "fp16", {"mean": torch.zeros(3).half()})
+        store.append([entry])
+    entries = EntryStore(store.path).scan(rows_at_once=1)
+    next(entries)
+    store.tidy()
+    with pytest.raises(DataError, match="joined the blocks"):
+        list(entries)
 
 
 def test_a_reader_survives_that_another_process_joins_the_blocks(

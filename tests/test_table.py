@@ -246,6 +246,19 @@ def test_a_conflicting_commit_is_applied_again_and_loses_nothing(table: PhotoTab
     assert found["theirs"].to_pylist() == ["t"] * 10
 
 
+def test_a_table_whose_making_was_killed_can_be_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "photos.lance"
+    (path / "_versions").mkdir(parents=True)
+    (path / "_versions/.tmp4mTo7e").write_bytes(b"half a manifest")
+    with pytest.raises(DataError, match="there is no table"):
+        PhotoTable.open(path)
+    assert PhotoTable.open(path, create=True).count() == 0
+    (tmp_path / "other.lance").mkdir()
+    (tmp_path / "other.lance/keep.txt").write_text("mine")
+    with pytest.raises(DataError, match="is no table"):
+        PhotoTable.open(tmp_path / "other.lance", create=True)
+
+
 def test_a_second_writer_is_told_who_holds_the_table(table: PhotoTable) -> None:
     script = (
         "import sys; from sdprep.table import PhotoTable\n"

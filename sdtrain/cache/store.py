@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 from sdprep.errors import DataError, UserError
+from sdprep.lance_folder import has_version
 from sdtrain.cache.entries import Entry
 from sdtrain.cache.keys import KEY_BYTES
+from sdtrain.disk import is_full
 
 if TYPE_CHECKING:
     import lance
+    from filelock import FileLock
 
 SCHEMA = pa.schema(
     [
@@ -39,6 +41,8 @@ _LOOK_AGAIN_SECONDS = 5.0
 _MANY_FRAGMENTS = 64
 _FRAGMENT_BYTES = 512 * 2**20
 _DELETE_AT_ONCE = 1_000
+_ATTEMPTS = 5  # while other processes take away the versions that this one knew
+_FIRST_PAUSE_SECONDS = 0.05
 
 
 def require_lance() -> None:
@@ -85,7 +89,7 @@ class EntryStore:
     @property
     def num_bytes(self) -> int:
         """What the table takes on disk."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return sum(_size(file) for file in self.path.rglob("*"))
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """Which of some keys have an entry; looks at no data."""
@@ -122,27 +126,51 @@ class EntryStore:
         block = pa.table(columns, schema=SCHEMA)
         if not self._exists():
             self._create()
-        lance.write_dataset(block, str(self.path), mode="append")
+        for pause in _pauses():
+            try:
+                lance.write_dataset(block, str(self.path), mode="append")
+                return
+            except OSError as error:  # the version it began with was tidied away meanwhile
+                if pause is None or is_full(error):
+                    raise
+                time.sleep(pause)
 
     def _create(self) -> None:
-        """Make an empty table; appending needs no lock, but of two that create, one would win."""
+        """Make an empty table; of two that do so at once, the later would replace the other's."""
         import lance
-        from filelock import FileLock
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(self.path.with_suffix(".lock"))):
+        with self._lock():
             if not self._exists():
                 lance.write_dataset(SCHEMA.empty_table(), str(self.path), mode="create")
 
+    def _lock(self, timeout: float = -1) -> FileLock:
+        """For all that is not appending: making, deleting and joining blocks."""
+        from filelock import FileLock
+
+        return FileLock(str(self.path.with_suffix(".lock")), timeout=timeout)
+
     def scan(self, rows_at_once: int = 64) -> Iterator[Entry]:
-        """Every entry, in the order of storage."""
+        """Every entry, in the order of storage.
+
+        Raises:
+            DataError: the files are damaged, or another process joined the blocks meanwhile.
+        """
         self.refresh()
         if self._dataset is None:
             return
+        begun_with = self._dataset.version
         batches = self._dataset.to_batches(columns=SCHEMA.names, batch_size=rows_at_once)
         while True:
-            with _readable(self.path):
+            try:
                 batch = next(batches, None)
+            except _LANCE_ERRORS as error:
+                if not _still_has(self.path, begun_with):
+                    raise DataError(
+                        f"another process joined the blocks of {self.path} while they were read",
+                        "Nothing is lost: run the command again.",
+                    ) from None
+                raise _unreadable(self.path, error) from None
             if batch is None:
                 return
             yield from _entries(pa.Table.from_batches([batch]))
@@ -150,17 +178,33 @@ class EntryStore:
     def drop(self, keys: Iterable[bytes]) -> None:
         """Delete entries, so that they are encoded again."""
         wanted = sorted(set(keys))
-        self.refresh()
-        for start in range(0, len(wanted), _DELETE_AT_ONCE):
-            part = wanted[start : start + _DELETE_AT_ONCE]
-            assert self._dataset is not None, "there is nothing to drop from"
-            names = ", ".join(f"X'{key.hex()}'" for key in part)
-            self._dataset.delete(f"key IN ({names})")
+        with self._lock():
+            self.refresh()
+            for start in range(0, len(wanted), _DELETE_AT_ONCE):
+                part = wanted[start : start + _DELETE_AT_ONCE]
+                assert self._dataset is not None, "there is nothing to drop from"
+                names = ", ".join(f"X'{key.hex()}'" for key in part)
+                self._dataset.delete(f"key IN ({names})")
         self._forget()
 
     def tidy(self) -> None:
-        """Join many small blocks to few large ones; entries stay as they are."""
+        """Join many small blocks to few large ones; entries stay as they are.
+
+        Does nothing while another process is at it.
+        """
+        from filelock import Timeout
+
         self.refresh()
+        if self._dataset is None or len(self._fragments) <= _MANY_FRAGMENTS:
+            return
+        try:
+            with self._lock(timeout=0):
+                self._join_blocks()
+        except Timeout:
+            return
+
+    def _join_blocks(self) -> None:
+        self.refresh()  # another process may just have done it
         if self._dataset is None or len(self._fragments) <= _MANY_FRAGMENTS:
             return
         row_bytes = max(1, self.num_bytes // max(1, len(self._halves)))
@@ -173,15 +217,29 @@ class EntryStore:
     # --- the index ----------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Know the newest version."""
+        """Know the newest version.
+
+        Raises:
+            DataError: the files are damaged, or no cache of this release.
+        """
+        for pause in _pauses():
+            try:
+                self._read_index()
+                return
+            except _LANCE_ERRORS as error:  # another process may have tidied this version away
+                if pause is None:
+                    raise _unreadable(self.path, error) from None
+                self._forget()
+                time.sleep(pause)
+
+    def _read_index(self) -> None:
+        import lance
+
         if not self._exists():
             self._forget()
             return
-        import lance
-
         self._looked = time.monotonic()
-        with _readable(self.path):
-            dataset = lance.dataset(str(self.path))
+        dataset = lance.dataset(str(self.path))
         if self._dataset is not None and dataset.version == self._dataset.version:
             return
         _require_ours(dataset, self.path)
@@ -191,8 +249,7 @@ class EntryStore:
         if names[:known] != self._fragments:  # rows were moved or deleted
             known, self._halves, self._order = 0, self._halves[:0], self._order[:0]
         new = fragments[known:]
-        with _readable(self.path):
-            keys = dataset.scanner(columns=["key"], fragments=new).to_table()["key"] if new else []
+        keys = dataset.scanner(columns=["key"], fragments=new).to_table()["key"] if new else []
         halves = np.fromiter((_half(key.as_py()) for key in keys), np.uint64, len(keys))
         order = np.concatenate([self._order, np.arange(len(halves)) + len(self._order)])
         halves = np.concatenate([self._halves, halves])
@@ -206,7 +263,7 @@ class EntryStore:
         self._looked = -_LOOK_AGAIN_SECONDS
 
     def _exists(self) -> bool:
-        return (self.path / "_versions").is_dir()
+        return has_version(self.path)
 
     def _refresh_now_and_then(self) -> None:
         if time.monotonic() - self._looked >= _LOOK_AGAIN_SECONDS:
@@ -215,7 +272,7 @@ class EntryStore:
 
     def _look_up(self, keys: Sequence[bytes], columns: Sequence[str]) -> tuple[list[int], pa.Table]:
         """Indices of the keys that seem to be there, and some columns of their rows."""
-        for attempt in (0, 1):
+        for pause in _pauses():
             places = self._places(keys)
             if not places:
                 break
@@ -224,9 +281,10 @@ class EntryStore:
                 rows = self._dataset.take(list(places.values()), columns=list(columns))
                 return list(places), rows
             except _LANCE_ERRORS as error:  # another process may have tidied this version away
-                if attempt:
+                if pause is None:
                     raise _unreadable(self.path, error) from None
                 self._forget()
+                time.sleep(pause)
                 self.refresh()
         return [], SCHEMA.empty_table()
 
@@ -241,13 +299,29 @@ class EntryStore:
         return {int(i): int(self._order[at[i]]) for i in np.flatnonzero(is_there)}
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Name the table whose files are damaged beyond what checksums of entries can tell."""
+def _pauses() -> Iterator[float | None]:
+    """How long to wait after each failed attempt; None after the last."""
+    for attempt in range(_ATTEMPTS - 1):
+        yield _FIRST_PAUSE_SECONDS * 2**attempt
+    yield None
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; none if it is a folder or another process just took it away."""
     try:
-        yield
-    except _LANCE_ERRORS as error:
-        raise _unreadable(path, error) from None
+        return file.stat().st_size if file.is_file() else 0
+    except FileNotFoundError:
+        return 0
+
+
+def _still_has(path: Path, version: int) -> bool:
+    """Whether a version of the table was not tidied away."""
+    import lance
+
+    try:
+        return any(known["version"] == version for known in lance.dataset(str(path)).versions())
+    except _LANCE_ERRORS:
+        return True  # whatever ails it, it is not that
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
