@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from sdtrain import checkpoint
 from sdtrain.checkpoint import checkpoints, read_state
 from sdtrain.conditions import changes
 from sdtrain.course import meant
+from sdtrain.formats.single_file_keys import OPTIONAL, Entry
+from sdtrain.formats.spelling import canonical_entries, pieces
 
 RECORD = ("recipe", "data", "versions", "samples_seen", "step", "freeze_table", "evaluations")
 COMPARED = ("recipe", "data", "versions", "samples_seen")
@@ -174,8 +176,8 @@ def difference(a: Provenance, b: Provenance) -> dict[str, Any]:
     """What two models did differently.
 
     Returns:
-        `keys`: what differs of recipe, data and versions, key path to [A, B]; `parts`: a
-        `PartChange` each, as a dict.
+        `keys`: what differs of recipe, data and versions, key path to [A, B]; `without_record`:
+        which of "A" and "B" say nothing of these; `parts`: a `PartChange` each, as a dict.
     """
     records = [{key: each.record.get(key) for key in COMPARED} for each in (a, b)]
     if a.kind != b.kind:  # what is passed on says less of paths, which is no difference
@@ -185,8 +187,19 @@ def difference(a: Provenance, b: Provenance) -> dict[str, Any]:
         "a": str(a.path),
         "b": str(b.path),
         "keys": {key: list(pair) for key, pair in keys.items()},
+        "without_record": [name for name, of in (("A", a), ("B", b)) if not of.record],
         "parts": [part.__dict__ for part in _parts(a, b)],
     }
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: in which file, under which name, and which piece of what lies there."""
+
+    file: Path
+    inside: str
+    entry: Entry
+    piece: int
 
 
 def _parts(a: Provenance, b: Provenance) -> list[PartChange]:
@@ -197,7 +210,7 @@ def _parts(a: Provenance, b: Provenance) -> list[PartChange]:
         for name in sorted({*first, *second}):
             part = found.setdefault(name.split(".")[0], PartChange(name.split(".")[0]))
             lengths = squares.setdefault(part.part, [0.0, 0.0])
-            one, two = (_read(p, name) if name in p else None for p in (first, second))
+            one, two = (_read(p[name]) if name in p else None for p in (first, second))
             if one is None or two is None or one.shape != two.shape:
                 part.only_a += one is not None
                 part.only_b += two is not None
@@ -214,20 +227,25 @@ def _parts(a: Provenance, b: Provenance) -> list[PartChange]:
     return list(found.values())
 
 
-def _places(of: Provenance) -> dict[str, tuple[Path, str]]:
-    """Where each tensor is, by part and name."""
-    return {name: place for name, place in _named(of)}
-
-
-def _named(of: Provenance) -> Iterator[tuple[str, tuple[Path, str]]]:
+def _places(of: Provenance) -> dict[str, _Place]:
+    """Where each tensor is, by its canonical path, whatever the file calls it."""
+    found: dict[str, _Place] = {}
+    files: dict[str, Path] = {}
     for part, file in of.tensors:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118  # no mapping: it cannot be iterated
-                yield f"{part}.{name}" if part else name, (file, name)
+                files[f"{part}.{name}" if part else name] = file
+    parts = {file: part for part, file in of.tensors}
+    for entry in canonical_entries(name for name in files if not name.endswith(OPTIONAL)):
+        file = files[entry.key]
+        inside = entry.key.removeprefix(f"{parts[file]}.") if parts[file] else entry.key
+        for at, path in enumerate(entry.sources):
+            found[path] = _Place(file, inside, entry, at)
+    return found
 
 
-def _read(places: Mapping[str, tuple[Path, str]], name: str) -> Tensor:
-    file, inside = places[name]
-    with _opened(file) as opened:
-        tensor: Tensor = opened.get_tensor(inside)
-    return tensor
+def _read(place: _Place) -> Tensor:
+    """A tensor; sides of length 1 count for nothing: a matrix may lie there as a convolution."""
+    with _opened(place.file) as opened:
+        tensor: Tensor = opened.get_tensor(place.inside)
+    return pieces(tensor, place.entry)[place.piece].squeeze()

@@ -64,11 +64,15 @@ def difference_text(found: Mapping[str, Any]) -> str:
     """What `provenance.difference` found, for people."""
     lines = [f"A {found['a']}", f"B {found['b']}", ""]
     keys = found["keys"]
+    silent = " and ".join(found["without_record"])
+    if silent:  # everything that the other one says would be listed
+        lines.append(f"{silent} holds no record of its training, so only tensors are compared")
+        keys = {}
     width = max((len(key) for key in keys), default=0)
     lines += [
         f"{key:<{width}}  {_short(pair[0])} -> {_short(pair[1])}" for key, pair in keys.items()
     ]
-    if not keys:
+    if not keys and not silent:
         lines.append("recipe, data, versions and length are the same")
     lines += ["", f"{'part':<20} {'same':>6} {'changed':>8} {'only A':>7} {'only B':>7}  moved by"]
     for part in found["parts"]:

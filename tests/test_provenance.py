@@ -166,6 +166,64 @@ def test_folders_are_compared_part_by_part(
     assert parts["vae"]["changed"] == parts["text_encoder"]["changed"] == 0
 
 
+def by_part(a: Path, b: Path) -> dict[str, dict[str, Any]]:
+    return {part["part"]: part for part in answered("diff", a, b)["parts"]}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_single_file_is_compared_weight_by_weight(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, file = tiny_model(family), tmp_path / "one.safetensors"
+    export(folder, "single-file", file)
+    parts = by_part(folder, file)
+    assert {"unet", "vae", "text_encoder"} <= set(parts)
+    for part in parts.values():
+        assert part["same"] > 30
+        assert (part["changed"], part["only_a"], part["only_b"]) == (0, 0, 0)
+
+
+def test_a_checkpoint_is_compared_with_the_file_made_of_it(
+    evaluated_run: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file, base = tmp_path / "one.safetensors", tmp_path / "base.safetensors"
+    export(evaluated_run, "single-file", file)
+    export(tiny_model("sd15"), "single-file", base)
+    same = by_part(evaluated_run, file)["unet"]
+    assert same["same"] > 200
+    assert (same["changed"], same["only_a"], same["only_b"]) == (0, 0, 0)
+    there, back = by_part(evaluated_run, base)["unet"], by_part(evaluated_run / "model", base)
+    assert there["changed"] > 200
+    assert there["percent"] == pytest.approx(back["unet"]["percent"])
+
+
+def test_an_adapter_is_compared_in_either_spelling(
+    train_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    short = ("train.samples=8", "adapter.type=lora", "adapter.rank=2")
+    run = train(load_train_recipe(train_recipe("sdxl"), short), keeps_model=False).output
+    kohya, peft = tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors"
+    export(Path(run), "lora-kohya", kohya)
+    export(Path(run), "lora-diffusers", peft)
+    for a, b, alphas in ((Path(run), kohya, 1), (kohya, peft, -1), (Path(run), peft, 0)):
+        (unet,) = by_part(a, b).values()
+        assert unet["same"] > 50
+        assert unet["changed"] == 0
+        alone = {-1: "only_a", 1: "only_b", 0: ""}[alphas]
+        assert {k: unet[k] for k in ("only_a", "only_b") if unet[k]} == (
+            {alone: unet["same"] // 2} if alone else {}
+        )
+
+
+def test_a_model_without_a_record_is_not_compared_key_by_key(
+    evaluated_run: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    said = call("diff", tiny_model("sd15"), evaluated_run).stdout
+    assert "A holds no record of its training" in said
+    assert "recipe." not in said
+    assert "unet" in said
+
+
 # --- push -----------------------------------------------------------------------------------------
 
 

@@ -17,8 +17,9 @@ from sdtrain.formats import single_file_keys as keys
 from sdtrain.formats.diffusers import Folder
 from sdtrain.formats.modelspec import HASH, write_hash
 from sdtrain.formats.schedulers import FLOW_SHIFT, flow_scheduler
+from sdtrain.formats.spelling import pieces, plain_key
 from sdtrain.formats.tensor_files import read_tensors, save_tensors
-from sdtrain.paths import WRAPPERS, canonical_path, is_adapter
+from sdtrain.paths import canonical_path, is_adapter
 
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,8 +31,6 @@ _NETWORKS = {
     keys.FIRST_ENCODER: "first text encoder",
     keys.SECOND_ENCODER: "second text encoder",
 }
-# Tensors of the original code that no network here needs.
-_OPTIONAL = ("position_ids", "logit_scale", "transformer.text_projection.weight")
 _SHOWN = 5
 A_LORA = "a LoRA"
 _SIZES = "model.config names a folder with the file's sizes."
@@ -176,7 +175,7 @@ def load_single_file(
         DataError: tensors are missing, unexpected or of another shape.
     """
     found, metadata = read_tensors(path)
-    tensors = {_normal(str(key)): tensor for key, tensor in found.items()}
+    tensors = {plain_key(str(key)): tensor for key, tensor in found.items()}
     with torch.device("meta"):
         networks = {part: blueprint.build(part) for part in parts}
     two = "text_encoder_2" in parts
@@ -190,19 +189,6 @@ def load_single_file(
         _fill(path, part, network, tensors, wanted)
     scheduler = _marked(path, blueprint.scheduler, tensors, metadata)
     return Folder(pipeline_class, networks, dict(blueprint.tokenizers), scheduler, {})
-
-
-def _normal(key: str) -> str:
-    """A key without wrappers, and with the prefix of text encoders that some tools leave out."""
-    key = "." + key
-    for wrapper in WRAPPERS:
-        key = key.replace("." + wrapper, ".")
-    key = key[1:]
-    for prefix in (keys.ONE_ENCODER, keys.FIRST_ENCODER):
-        rest = key.removeprefix(prefix)
-        if rest != key and rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
-            return f"{prefix}text_model.{rest}"
-    return key
 
 
 def _raw_or_averaged(
@@ -228,7 +214,7 @@ def _refuse_other_names(
     path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, keys.Entry]
 ) -> None:
     missing = [key for key in wanted if key not in tensors]
-    others = [k for k in tensors if k not in wanted and not k.endswith(_OPTIONAL)]
+    others = [k for k in tensors if k not in wanted and not k.endswith(keys.OPTIONAL)]
     known = {_place(key) for key in wanted}
     # A UNet with more in it is another UNet; the other networks may carry what no picture needs.
     unexpected = [key for key in others if key.startswith(keys.UNET) or _place(key) in known]
@@ -322,8 +308,8 @@ def _fill(
         if not entry.sources[0].startswith(f"{part}."):
             continue
         names = [live[source] for source in entry.sources]
-        pieces = _split(tensors[key], entry)
-        for name, piece in zip(names, pieces, strict=True):
+        found = pieces(tensors[key], entry)
+        for name, piece in zip(names, found, strict=True):
             if piece.numel() != shapes[name].numel() or piece.squeeze().shape != _bare(
                 shapes[name]
             ):
@@ -351,13 +337,6 @@ def _is_inpainting(key: str, tensor: Tensor, wanted: torch.Size) -> bool:
 
 def _bare(shape: torch.Size) -> torch.Size:
     return torch.Size(side for side in shape if side != 1)
-
-
-def _split(tensor: Tensor, entry: keys.Entry) -> list[Tensor]:
-    """The pieces of one tensor of the file, in the order of the entry's sources."""
-    if entry.layout == "rows":
-        return list(tensor.chunk(len(entry.sources)))
-    return [tensor.t() if entry.layout == "transposed" else tensor]
 
 
 def _marked(

@@ -1,4 +1,4 @@
-"""How single files name the tensors of Stable Diffusion: pure maps over names.
+"""How single files name the tensors of Stable Diffusion: pure maps over names, there and back.
 
 Single files keep the layout of the first public code (LDM, and OpenCLIP for the second encoder of
 SDXL). Every map takes the names of a network's own state dict and its configuration, so that a
@@ -17,6 +17,9 @@ VAE = "first_stage_model."
 ONE_ENCODER = "cond_stage_model.transformer."
 FIRST_ENCODER = "conditioner.embedders.0.transformer."
 SECOND_ENCODER = "conditioner.embedders.1.model."
+
+OPTIONAL = ("position_ids", "logit_scale", "transformer.text_projection.weight")
+"""Ends of tensors of the original code that no network here needs."""
 
 Layout = Literal["same", "kernel", "transposed", "rows"]
 
@@ -121,6 +124,42 @@ def _resnet(name: str) -> str:
     return f"{_UNET_RESNET[word]}.{kind}"
 
 
+def unet_name(key: str, layers: int) -> str:
+    """The way back from `unet_key`: diffusers' name of a tensor; an unknown key as it is.
+
+    Args:
+        key: without its prefix.
+        layers: of each down block.
+    """
+    for name, original in _UNET_ENDS.items():
+        if key.startswith(f"{original}."):
+            rest = key.removeprefix(f"{original}.")
+            return f"{name}.{_resnet_back(rest) if 'resnets' in name else rest}"
+    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", key)
+    if not found:
+        return key
+    is_down, column, rest = found[1] == "input", found[3], found[4]
+    block, layer = divmod(int(found[2]) - is_down, layers + 1)
+    side, kind = "down" if is_down else "up", "resnets" if column == "0" else "attentions"
+    if is_down and layer == layers:
+        kind, layer, rest = "downsamplers", 0, rest.replace("op.", "conv.", 1)
+    elif column != "0" and rest.startswith("conv."):
+        kind, layer = "upsamplers", 0
+    elif column == "0":
+        rest = _resnet_back(rest)
+    return f"{side}_blocks.{block}.{kind}.{layer}.{rest}"
+
+
+def _resnet_back(name: str) -> str:
+    return _replaced(name, {f"{original}.": f"{word}." for word, original in _UNET_RESNET.items()})
+
+
+def _replaced(name: str, words: Mapping[str, str]) -> str:
+    """A name whose beginning is one of `words`, with what stands for it."""
+    start = next(filter(name.startswith, words), "")
+    return words[start] + name.removeprefix(start) if start else name
+
+
 # --- VAE -----------------------------------------------------------------------------------------
 
 _VAE_MID = {
@@ -155,6 +194,29 @@ def vae_key(name: str, config: Mapping[str, Any]) -> str:
         return f"{network}.{side}.{number}.block.{layer}.{rest}"
     resize = "downsample" if side == "down" else "upsample"
     return f"{network}.{side}.{number}.{resize}.{rest}"
+
+
+def vae_name(key: str, levels: int) -> str:
+    """The way back from `vae_key`.
+
+    Args:
+        key: without its prefix.
+        levels: how many blocks the decoder has.
+    """
+    name = key.replace("norm_out.", "conv_norm_out.").replace("nin_shortcut.", "conv_shortcut.")
+    for start, original in _VAE_MID.items():
+        name = name.replace(f".{original}.", f".{start}.")
+    if ".mid_block.attentions.0." in name:
+        place, _, rest = name.partition(".attentions.0.")
+        back = {f"{original}.": f"{word}." for word, original in _VAE_ATTENTION.items()}
+        return f"{place}.attentions.0.{_replaced(rest, back)}"
+    found = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(\w+)\.(.+)", name)
+    if not found:
+        return name
+    network, side, number, kind, rest = found.groups()
+    block = int(number) if side == "down" else levels - 1 - int(number)
+    kinds = {"block": "resnets", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}
+    return f"{network}.{side}_blocks.{block}.{kinds.get(kind, kind)}.{rest}"
 
 
 def _vae_entry(part: str, name: str, config: Mapping[str, Any]) -> Entry:
@@ -210,3 +272,26 @@ def _open_clip_layer(part: str, layer: str, module: str, kind: str) -> Entry | N
         return None
     sources = tuple(f"{live}.self_attn.{each}.{kind}" for each in _PROJECTIONS)
     return Entry(f"{block}.attn.in_proj_{kind}", sources, "rows")
+
+
+def open_clip_sources(key: str) -> tuple[tuple[str, ...], Layout]:
+    """The way back: canonical paths of one of OpenCLIP's tensors, and how they lie in it.
+
+    Args:
+        key: without its prefix; an unknown one stands for itself.
+    """
+    part = "text_encoder_2"
+    if key == "text_projection":
+        return (f"{part}.text_projection.weight",), "transposed"
+    for name, original in _OPEN_CLIP.items():
+        if key == original:
+            return (f"{part}.{name}",), "same"
+    found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
+    if not found:
+        return (f"{part}.{key}",), "same"
+    layer, module, kind = found.groups()
+    live = f"{part}.text_model.encoder.layers.{layer}"
+    if module == "attn.in_proj":
+        return tuple(f"{live}.self_attn.{each}.{kind}" for each in _PROJECTIONS), "rows"
+    back = {original: name for name, original in _OPEN_CLIP_LAYER.items()}
+    return (f"{live}.{back.get(module, module)}.{kind}",), "same"
