@@ -46,7 +46,8 @@ def load_recipe(path: str | Path, model: type[Recipe], overrides: Sequence[str] 
     Args:
         path: the TOML file.
         model: the root section.
-        overrides: `key.path=value` from `--set`; the value is TOML, or a plain string.
+        overrides: `key.path=value` from `--set`; the value is TOML, or a plain string. Without a
+            value, as in `train.samples=`, the key is taken out.
 
     Raises:
         RecipeError: every mistake, each with file, key path, value found and nearest valid key.
@@ -59,7 +60,7 @@ def load_recipe(path: str | Path, model: type[Recipe], overrides: Sequence[str] 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe error in {path}\n  not valid TOML: {error}") from None
     for override in overrides:
-        _apply_override(data, override)
+        _apply_override(data, override, takes_out=True)
     return validate(data, model, str(path))
 
 
@@ -95,35 +96,54 @@ def options(model: type[Recipe], settings: Sequence[str], **given: Any) -> Recip
     return validate(data, model, "the command line (--set)")
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def _apply_override(data: dict[str, Any], override: str, *, takes_out: bool = False) -> None:
+    """Put one `key.path=value` into `data`; with `takes_out` a key without a value goes away."""
     key_path, equals, text = override.partition("=")
     keys = key_path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"--set {override}: expected key=value, such as split.validation=0.1")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    is_out = takes_out and not text.strip()
     place: Any = data
     for position, key in enumerate(keys[:-1]):
         if isinstance(place, list):
-            place = _item(place, key, override)
+            place = place[_index(place, key, override)]
+        elif is_out:
+            place = place[_there(place, key, override)]
         else:
             place = place.setdefault(key, {})
         if not isinstance(place, dict | list):
             raise RecipeError(f"--set {override}: {'.'.join(keys[: position + 1])} is no table")
-    if isinstance(place, list):
-        _item(place, keys[-1], override)
-        place[int(keys[-1])] = value
+    last = _index(place, keys[-1], override) if isinstance(place, list) else keys[-1]
+    if is_out:
+        del place[last if isinstance(place, list) else _there(place, keys[-1], override)]
     else:
-        place[keys[-1]] = value
+        place[last] = _value(text)
 
 
-def _item(place: list[Any], key: str, override: str) -> Any:
+def _value(text: str) -> Any:
+    """A value as TOML, or else a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _there(place: dict[str, Any], key: str, override: str) -> str:
+    """A key that the recipe has."""
+    if key in place:
+        return key
+    near = nearest(key, list(place))
+    raise RecipeError(
+        f"--set {override}: without a value it takes a key out, and the recipe has no {key} there",
+        f"Did you mean {near}?" if near else f"There are: {', '.join(place) or 'none'}.",
+    )
+
+
+def _index(place: list[Any], key: str, override: str) -> int:
     """One entry of an array of tables: by index, or by its plugin's `type` or `as` name."""
     if key.isdigit() and int(key) < len(place):
-        return place[int(key)]
-    named = [entry for entry in place if isinstance(entry, dict) and key in _names(entry)]
+        return int(key)
+    named = [at for at, x in enumerate(place) if isinstance(x, dict) and key in _names(x)]
     if len(named) == 1:
         return named[0]
     raise RecipeError(
@@ -248,10 +268,22 @@ def _reason(problem: Any, path: str, section: type[Section] | None, model: type[
     if kind in bounds:
         sign, key = bounds[kind]
         return f"must be {sign} {context[key]}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return _no_table(problem, path, section)
     if kind == "value_error":
         return str(context["error"])
     message = problem["msg"]
     return message[0].lower() + message[1:]
+
+
+def _no_table(problem: Any, path: str, section: type[Section] | None) -> str:
+    """What to write where a table belongs; a plugin's name alone is a key of that table."""
+    word, key = problem.get("input"), path.rpartition(".")[2]
+    members = [each.model_fields for each in _sections(_field_annotation(section, key))]
+    tags = [tag for tag in reversed(TAG_KEYS) if all(tag in fields for fields in members)]
+    is_choice = tags and any(word in get_args(fields[tags[0]].annotation) for fields in members)
+    hint = f", such as {path}.{tags[0]} = {json.dumps(word)}" if is_choice else ""
+    return f"must be a table, with keys of its own{hint}"
 
 
 def _unknown_key(path: str, section: type[Section] | None, model: type[Section]) -> str:

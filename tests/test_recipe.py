@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -104,6 +105,44 @@ def test_settings_from_the_command_line_are_checked_like_the_file(tmp_path: Path
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(path, Root, [wrong])
+    whole = load_recipe(path, Root, ["steps.plain={type='min_snr'}"])  # an entry by its name
+    assert whole.steps == [MinSnr()]
+
+
+def test_a_setting_without_a_value_takes_a_key_out(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        'output = "a"\nseed = 3\n[inner]\nshare = 0.2\nnames = ["x"]\n[[steps]]\ntype="plain"',
+    )
+    recipe = load_recipe(path, Root, ["seed=", "inner.share="])
+    assert (recipe.seed, recipe.inner) == (0, Inner(names=("x",)))
+    assert load_recipe(path, Root, ["inner="]).inner == Inner()
+    assert load_recipe(path, Root, ["steps.plain="]).steps == []
+    assert load_recipe(path, Root, ["seed=", "seed=4"]).seed == 4
+    assert load_recipe(path, Root, ['output=""']).output == Path()  # an empty text is a value
+    for wrong, message in (
+        ("output=", "output +missing"),
+        ("inner.shares=", "no shares there\n.*share"),
+        ("loss.type=", "no loss there"),
+        ("steps.0.scale=", "no scale there"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path, Root, [wrong])
+        assert re.search(message, f"{caught.value.message}\n{caught.value.hint}"), caught.value
+
+
+def test_what_is_no_table_is_told_so(tmp_path: Path) -> None:
+    path = write(tmp_path, 'inner = false\noutput = "a"\nloss = "plain"\nsteps = [3, "plane"]')
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, Root)
+    said = [" ".join(line.split()) for line in str(caught.value).splitlines()[1:]]
+    table = "must be a table, with keys of its own"
+    assert said == [
+        f"inner = false {table}",
+        f'loss = "plain" {table}, such as loss.type = "plain"',
+        f"steps[0] = 3 {table}",
+        f'steps[1] = "plane" {table}',
+    ]
 
 
 def test_missing_files_bad_toml_and_missing_keys(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import typer
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key. Repeats."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a recipe key; KEY= takes it out. Repeats."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Average = Annotated[
