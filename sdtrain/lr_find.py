@@ -25,7 +25,7 @@ from sdtrain.freeze_plan import ParameterGroup
 from sdtrain.lr_bounds import Bounds, Ramp, too_few
 from sdtrain.probe import LossMatrix
 from sdtrain.probe_sets import num_images
-from sdtrain.recipe import TrainRecipe
+from sdtrain.recipe import MOST_LR, TrainRecipe
 from sdtrain.run_folder import RunFolder
 from sdtrain.setup import Setup, open_setup
 from sdtrain.stable_eval import DamagedModelError
@@ -163,10 +163,11 @@ def ramp_recipe(recipe: TrainRecipe, wanted: Range, main_lr: float, output: Path
             f"optimizer.type = {recipe.optimizer.type!r} finds its learning rates itself",
             "Leave its rates at 1; lr-find is for the other optimizers.",
         )
-    if not 0 < wanted.start < wanted.end or wanted.end / wanted.start < 10:
+    if not 0 < wanted.start < wanted.end <= MOST_LR or wanted.end / wanted.start < 10:
         raise UserError(
             f"the ramp goes from {wanted.start:g} to {wanted.end:g}",
-            "Give --from and --upto, at least a factor of 10 apart; 1,000 to 10,000 is usual.",
+            "Give --from and --upto, at least a factor of 10 apart; 1,000 to 10,000 is usual. "
+            f"No rate is above {MOST_LR:,.0f}.",
         )
     batch = recipe.data.batch_size
     every = max(2, round(LOOK_SHARE * wanted.steps)) * batch

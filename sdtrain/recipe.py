@@ -30,6 +30,9 @@ from sdtrain.tracking import TrackingSection
 
 Prob = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
+MOST_LR = 1e6
+"""Of a rate; optimizers compute in float32, where far larger numbers end in an overflow."""
+Rate = Annotated[float, Field(ge=0.0, le=MOST_LR, allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
 
 
@@ -70,9 +73,7 @@ class Rule(Section):
     """What happens to the parameters whose canonical path a glob matches whole."""
 
     match: str = Field(min_length=1, description="Glob: * within one name, ** across dots.")
-    lr: float | None = Field(
-        None, ge=0.0, allow_inf_nan=False, description="Learning rate; 0 means frozen."
-    )
+    lr: Rate | None = Field(None, description="Learning rate; 0 means frozen.")
     freeze: bool = Field(False, description="Freeze what matches.")
 
     @model_validator(mode="after")
@@ -92,11 +93,8 @@ class TrainSection(Section):
     schedule_samples: int | None = Field(
         None, gt=0, description="Length that the schedule is made for; default: the run's own."
     )
-    lr: float | None = Field(
-        None,
-        ge=0.0,
-        allow_inf_nan=False,
-        description='Shorthand for a first rule { match = "unet.**", lr = … }.',
+    lr: Rate | None = Field(
+        None, description='Shorthand for a first rule { match = "unet.**", lr = … }.'
     )
     lr_scaling: Literal["none", "sqrt"] = Field(
         "none", description="Multiply every rate by the root of data.batch_size, or take it as is."

@@ -213,8 +213,11 @@ def test_what_cannot_be_found_is_said_before_anything_is_trained(small_recipe: P
             lr_find.find_lr(
                 load_train_recipe(small_recipe, settings), start=1e-4, end=1.0, steps=20, to=to
             )
+    short = load_train_recipe(small_recipe, SHORT)
     with pytest.raises(UserError, match="goes from 0 to"):  # not the default
-        lr_find.find_lr(load_train_recipe(small_recipe, SHORT), start=0.0, end=1.0, steps=20, to=to)
+        lr_find.find_lr(short, start=0.0, end=1.0, steps=20, to=to)
+    with pytest.raises(UserError, match=r"to 1e\+39"):  # no step could be taken there
+        lr_find.find_lr(short, start=None, end=1e39, steps=20, to=to)
     assert not to.exists()
 
 

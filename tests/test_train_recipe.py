@@ -62,6 +62,8 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key(
         ("train.rules=[]", "nothing would train"),
         ('train.rules=[{match = "unet.**"}]', "either lr = NUMBER or freeze = true"),
         ('train.rules=[{match = "a", lr = 1.0, freeze = true}]', "either lr = NUMBER"),
+        ('train.rules=[{match = "unet.**", lr = 1e39}]', "must be <= 1000000"),
+        ("train.lr=1e39", "must be <= 1000000"),
         ("data.micro_batch_size=9", "must not exceed batch_size 4"),
         ("model.family=sdxxl", "did you mean sdxl?"),
         ("validation.timesteps_per_image=0", 'must be "auto" or a whole number'),
