@@ -327,7 +327,7 @@ def _prompts(setup: Setup, slots: Sequence[Slot]) -> list[dict[str, Any]]:
                 "dropped": slot.text.is_dropped,
                 "chunks": slot.text.num_chunks,
                 "bucket": str(slot.bucket),
-                "time_ids": micro.time_ids(),
+                "time_ids": micro.time_ids() if setup.family.is_told_sizes else None,
             }
         )
     return shown

@@ -253,7 +253,8 @@ def _prompts(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"{prompt['id']} in {prompt['bucket']}, {amount(prompt['chunks'], 'chunk')}: {text}"
         )
-        lines.append(f"  time_ids {prompt['time_ids']}")
+        if prompt["time_ids"] is not None:
+            lines.append(f"  time_ids {prompt['time_ids']}")
     return lines
 
 

@@ -38,6 +38,7 @@ class Family(Protocol):
         bucket_multiple_px: sides of a bucket are multiples of this.
         presets: shipped freeze rules by name: globs of canonical paths that it freezes.
         precision: autocast dtype of the forwards.
+        is_told_sizes: whether the network receives `time_ids`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family(Protocol):
     bucket_multiple_px: int
     presets: Mapping[str, Sequence[str]]
     precision: Precision
+    is_told_sizes: bool
 
     def alpha_sigma(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of clean latents and noise at `u`: two (B,) float32, on the device of `u`."""

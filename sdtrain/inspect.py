@@ -133,6 +133,7 @@ def _forward(
             "rendering": _rendering(setup, slot),
             "bucket": str(slot.bucket),
             "time_ids": sizes.time_ids(),
+            "is_told_sizes": setup.family.is_told_sizes,
             **levels[at],
         }
 

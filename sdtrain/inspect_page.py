@@ -261,7 +261,7 @@ def _numbers(sample: Sample) -> str:
         "original h, w": f"{ids[0]}, {ids[1]}",
         "crop top, left": f"{ids[2]}, {ids[3]}",
         "target h, w": f"{ids[4]}, {ids[5]}",
-        "time_ids": " ".join(map(str, ids)),
+        "time_ids": " ".join(map(str, ids)) if sample["is_told_sizes"] else None,
         "text of": MODES.get(sample["rendering"]["mode"]),
     }
     return pairs(facts)

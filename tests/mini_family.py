@@ -73,6 +73,7 @@ class MiniFamily:
     trainable_parts = ("unet", "text_encoder")
     vae_scale_factor, latent_channels, default_resolution_px, bucket_multiple_px = 4, 4, 32, 8
     presets: Mapping[str, Sequence[str]] = {}
+    is_told_sizes = False
 
     def __init__(self) -> None:
         self.parts: dict[str, nn.Module] = {

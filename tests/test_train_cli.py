@@ -151,9 +151,22 @@ def test_check_in_words_and_dry_run_are_the_same(train_recipe: Recipe) -> None:
     path = train_recipe()
     said = call("check", path).stdout
     assert said == call("run", path, "--dry-run").stdout
-    for words in ("14 of 14 rows kept", "22 samples = 6 steps of 4", "time_ids", "unet.**"):
+    for words in ("14 of 14 rows kept", "22 samples = 6 steps of 4", "unet.**"):
         assert words in said
     assert not (path.parent / "run").exists()
+
+
+def test_sizes_are_shown_where_the_model_is_told_them(train_recipe: Recipe, tmp_path: Path) -> None:
+    for family, is_told in (("sd15", False), ("sdxl", True)):
+        recipe = train_recipe(family)
+        assert ("time_ids" in call("check", recipe).stdout) == is_told
+        shown = answered("check", recipe)["prompts"]
+        assert {prompt["time_ids"] is not None for prompt in shown} == {is_told}
+        to = tmp_path / family
+        call("inspect", recipe, "-n", "1", "--to", to)
+        page = (to / "index.html").read_text(encoding="utf-8")
+        assert ("time_ids" in page) == is_told
+        assert "original h, w" in page
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ class SdxlNetworks(StableDiffusion):
     """Both families of this architecture; they differ in their objective."""
 
     encoders = ("text_encoder", "text_encoder_2")
+    is_told_sizes = True
     # 71.1620 % and 63.4697 % of the full-size UNet train. Source: 6DammK9.
     presets = {"unet-71": UNET_71, "unet-63": UNET_63}
 

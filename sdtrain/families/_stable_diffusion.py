@@ -94,6 +94,7 @@ class StableDiffusion:
     encoders: tuple[str, ...]
     presets: Mapping[str, Sequence[str]] = {}
     sign = 1
+    is_told_sizes = False
 
     def __init__(
         self, folder: diffusers_folder.Folder, options: TextOptions, precision: str = "no"
