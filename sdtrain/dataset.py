@@ -19,8 +19,8 @@ from sdprep.prompt_policy import PromptPolicy
 from sdprep.prompts import render_prompt
 from sdprep.recipe import validate
 from sdprep.schema import MANIFEST
-from sdprep.seeding import digest
 from sdtrain.buckets import Text
+from sdtrain.data_fingerprint import fingerprint, of_split
 from sdtrain.ids import Ids
 from sdtrain.joined_rows import JoinedRows
 from sdtrain.recipe import DataSection
@@ -99,7 +99,7 @@ class TrainingData:
         policy: how prompts are rendered, with the recipe's overrides.
         policy_origin: where that policy comes from, in words.
         fingerprint: digest of ids and texts of both splits.
-        provenance: path, revision and certificate, for checkpoints.
+        provenance: path, revision, certificate and size of both splits, for checkpoints.
         notes: what was guessed or left out; the user should see it.
     """
 
@@ -166,7 +166,7 @@ def open_data(
     splits.notes += _unused(section, is_prepared=manifest is not None or origin.startswith("cur"))
     if splits.validation is not None:
         _keep_apart(splits, is_published=bool(manifest))
-    together = fingerprint(splits.train, splits.validation)
+    digests = {"train": of_split(splits.train), "validation": of_split(splits.validation)}
     if section.splits == "all" and splits.validation is not None:
         splits.notes.append("the held-out images are trained on as well")
         splits = replace(splits, train=JoinedRows(splits.train, splits.validation), validation=None)
@@ -176,15 +176,16 @@ def open_data(
             f"{int((repeats > 1).sum()):,} rows ask for repeats, up to {int(repeats.max()):,}: "
             f"an epoch of {len(repeats):,} rows is {int(repeats.sum()):,} samples"
         )
-    provenance = {"path": section.path, "revision": splits.revision}
+    provenance: dict[str, Any] = {"path": section.path, "revision": splits.revision}
     provenance["certificate"] = (manifest or {}).get("certificate")
+    provenance["splits"] = {name: found.to_json() for name, found in digests.items()}
     return TrainingData(
         origin=origin,
         train=splits.train,
         validation=splits.validation,
         policy=policy.overridden(prompt),
         policy_origin=words + _overrides(prompt),
-        fingerprint=together,
+        fingerprint=fingerprint(*digests.values()),
         provenance=provenance,
         notes=splits.notes,
     )
@@ -249,21 +250,6 @@ def _keep_apart(splits: Splits, *, is_published: bool) -> None:
     for row in shared:
         splits.validation.refused.setdefault(row, "also_in_train: the same bytes are in train")
     splits.notes.append(f"{len(shared)} validation images are also in train and are left out")
-
-
-def fingerprint(*splits: Rows | None) -> str:
-    """Digest of the ids, sizes and texts of the splits, whatever their order on disk.
-
-    Edited pictures show in the ids, which are digests of the files.
-    """
-    parts: list[object] = []
-    for rows in splits:
-        if rows is None:
-            parts.append("none")
-            continue
-        refused = sorted(rows.ids.at(np.array(sorted(rows.refused), np.int64)))
-        parts += [len(rows), *rows.digest_sum().tolist(), len(refused), *refused]
-    return digest("data", *parts)
 
 
 def renderer(

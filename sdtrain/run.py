@@ -17,6 +17,7 @@ from sdtrain.averages import Ema, is_schedule_free, put, restored, weights_to_us
 from sdtrain.conditions import refuse_changes
 from sdtrain.course import Course, meant
 from sdtrain.cut_text import CutText
+from sdtrain.data_fingerprint import what_changed
 from sdtrain.debias import LossFit
 from sdtrain.engine import laid_out_like
 from sdtrain.freeze_plan import FreezePlan
@@ -283,7 +284,8 @@ def begin(setup: Setup, folder: RunFolder, *, resume: str, accept: Sequence[str]
         return run
     snapshot = world.everywhere(lambda: checkpoint.read(path))
     saved = snapshot.state["conditions"]
-    about_data = _moved(snapshot, setup)
+    known = snapshot.state["data"].get("splits") or {}
+    about_data = what_changed(known, setup.data.provenance["splits"]) + _moved(snapshot, setup)
     for change in refuse_changes(path, saved, setup.conditions(), accept, about_data):
         say(f"accepted change: {change}")
     run.restore(snapshot)

@@ -21,7 +21,8 @@ from sdprep.schema import CORE, FOLDS
 from sdprep.table import PhotoTable
 from sdprep.table_policy import remember_policy
 from sdtrain.buckets import assign, require_enough
-from sdtrain.dataset import TrainingData, fingerprint, open_data, renderer
+from sdtrain.data_fingerprint import fingerprint, of_split
+from sdtrain.dataset import TrainingData, open_data, renderer
 from sdtrain.pixels import evaluation_view, picture_of, training_view
 from sdtrain.recipe import DataSection
 from tests.train_data import prepared_row, small_jpeg, write_prepared
@@ -403,7 +404,9 @@ def test_evaluation_takes_the_centre() -> None:
 
 def test_fingerprint_of_one_split_is_not_that_of_another(prepared_folder: Path) -> None:
     data = opened(prepared_folder)
-    assert fingerprint(data.train, None) != fingerprint(data.train, data.validation)
+    train, held_out = of_split(data.train), of_split(data.validation)
+    assert data.fingerprint == fingerprint(train, held_out)
+    assert fingerprint(train, of_split(None)) != data.fingerprint
 
 
 def test_orientation_and_transparency_are_seen_to(tmp_path: Path) -> None:

@@ -192,8 +192,15 @@ def test_changed_data_is_refused_and_moved_data_is_not(
     rows = [prepared_row(number) for number in range(18)]
     rows[3]["caption"] = "something else"
     edited = write_prepared(tmp_path / "edited", rows[:14], rows[14:])
-    with pytest.raises(UserError, match="data_fingerprint"):
+    with pytest.raises(UserError, match="data_fingerprint") as found:
         run(train_recipe(data=edited), "train.samples=5")
+    some = "train still has 14 rows, some with other pictures, texts or refusals"
+    assert f"The data set has changed: {some}. " in found.value.hint
+    rows[3] = prepared_row(3)
+    grown = write_prepared(tmp_path / "grown", [*rows[:14], prepared_row(20)], rows[14:17])
+    with pytest.raises(UserError, match="data_fingerprint") as found:
+        run(train_recipe(data=grown), "train.samples=5")
+    assert "train has 15 rows and had 14, validation has 3 rows and had 4. " in found.value.hint
 
 
 def test_never_and_a_path(train_recipe: Recipe, tmp_path: Path) -> None:
