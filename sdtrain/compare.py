@@ -198,7 +198,8 @@ def _needed(found: Comparison) -> str:
     words = [
         f"{amount(count, 'image')} to see {t} %" for t, count in known.items() if count is not None
     ]
-    return ", ".join(words) or "one image says nothing about others"
+    alone = found.ci95_new_images_percent is None
+    return ", ".join(words) or ("one image says nothing about others" if alone else "none moved")
 
 
 def _bins_text(changes: Sequence[float | None]) -> str:

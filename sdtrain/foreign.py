@@ -24,7 +24,7 @@ from sdtrain.formats.adapter_weights import (
     split_key,
 )
 from sdtrain.formats.lora_keys import kohya_stem
-from sdtrain.formats.tensor_files import is_safetensors, is_single_file
+from sdtrain.formats.tensor_files import is_safetensors, is_single_file, read_names
 
 Kind = Literal["checkpoint", "model", "adapter"]
 MODEL_INDEX = "model_index.json"
@@ -61,13 +61,7 @@ def adapter_file(path: Path) -> Path | None:
         return next((path / name for name in ADAPTER_FILES if (path / name).is_file()), None)
     if not path.is_file() or not is_single_file(str(path)) or not is_safetensors(path):
         return None
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+    names = read_names(path)
     return path if names and all(_is_adapter_key(name) for name in names) else None
 
 

@@ -172,6 +172,8 @@ def _certainty(line: Line) -> str:
     change = percent(line["change_percent"])
     if line["ci95_percent"] is None:
         return f"Held-out loss: {change}. One image or one noise level gives no interval."
+    if line["resolves_percent"] is None:
+        return "Held-out loss: not one loss has changed since the start."
     return (
         f"Held-out loss: {change} since the start, ± {half(line['ci95_percent'])} on these images "
         f"and ± {half(line['ci95_new_images_percent'])} on new images of this kind "

@@ -30,7 +30,8 @@ class Comparison:
         change_percent: (mean_b - mean_a) / mean_a.
         ci95_percent: interval on this set; None with one image or one level.
         ci95_new_images_percent: interval for new images; None with one image.
-        resolves_percent: two standard errors of no change on this set: what would be seen.
+        resolves_percent: two standard errors of no change on this set: what would be seen; None
+            also where every loss is the same.
         resolves_new_images_percent: the same for new images.
         p_value: of no change on this set, two-sided; None where there is no interval.
         p_value_new_images: of no change on new images, two-sided.
@@ -102,8 +103,8 @@ def compare(a: np.ndarray, b: np.ndarray, u: np.ndarray | None = None) -> Compar
         change_percent=100 * change,
         ci95_percent=here.interval() if here else None,
         ci95_new_images_percent=new.interval() if new else None,
-        resolves_percent=200 * here.error(0.0) if here else None,
-        resolves_new_images_percent=200 * new.error(0.0) if new else None,
+        resolves_percent=here.resolves_percent if here else None,
+        resolves_new_images_percent=new.resolves_percent if new else None,
         p_value=here.p_value() if here else None,
         p_value_new_images=new.p_value() if new else None,
         num_images=n,
@@ -146,6 +147,11 @@ class _Ratio:
         square = (half * self.mean_a**2) ** 2 - times**4 * (dd * aa - da**2)
         root = np.sqrt(max(0.0, square))
         return float(100 * (middle - root) / most), float(100 * (middle + root) / most)
+
+    @property
+    def resolves_percent(self) -> float | None:
+        """Two standard errors of no change; None where nothing scatters to judge by."""
+        return 200 * self.error(0.0) or None
 
     def p_value(self) -> float:
         """Of no difference, two-sided."""

@@ -99,6 +99,19 @@ class ProbeSet:
         loss = self.losses(points, self.micro_batch).reshape(n, m)
         return LossMatrix(loss, u, self.probe.density())
 
+    def share_latents(self, other: ProbeSet) -> float:
+        """Look at the latents that another set of the same probe made, or will make.
+
+        Returns:
+            how far those that this set's own model makes of the first image are from them: the
+            length of the difference over theirs; infinite if they are of another size.
+        """
+        mine, theirs = self._encoded(0), other._encoded(0)
+        self._latents, self._micro = other._latents, other._micro
+        if mine.shape != theirs.shape:
+            return float("inf")
+        return float((mine - theirs).norm() / theirs.norm())
+
     def read_history(self, clocks: Iterable[int]) -> dict[int, np.ndarray]:
         """The matrices of earlier evaluations; the verdict looks at all of them."""
         assert self.folder is not None, "open_probes says where matrices go"

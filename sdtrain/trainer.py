@@ -240,9 +240,12 @@ def evaluate(run: Run, probes: Sequence[ProbeSet]) -> list[dict[str, Any]]:
             lines += [stable_eval.evaluate(probe, run.samples_seen, "ema") for probe in probes]
     if lines:
         talk.print(wording.moment(lines, stable_eval.verdict(lines)), markup=False, soft_wrap=True)
+    words = ""
     if lines and run.samples_seen and all(not line["samples_seen"] for line in run.evaluations):
-        say(wording.resolution(lines))  # the first time that there is a change to look at
-    elif lines and not run.samples_seen and (words := resolution.announcement(lines)):
+        words = wording.resolution(lines)  # the first time that there is a change to look at
+    elif lines and not run.samples_seen:
+        words = resolution.announcement(lines)
+    if words:
         say(words)
     run.evaluations += lines
     return lines

@@ -218,8 +218,9 @@ def test_what_does_not_fit_is_refused_by_name(places: dict, tmp_path: Path) -> N
         with pytest.raises(DataError, match=words):
             read_deltas(family, parameters, file)
     file.write_bytes(b"torn")
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match="is damaged") as found:
         kind_of(file)
+    assert "Download or copy it again" in found.value.hint
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     for path in (tmp_path / "notes.txt", tmp_path / "absent", tmp_path):
         with pytest.raises(DataError, match="is no checkpoint"):

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import t
 
 from sdtrain.paired import compare
+from sdtrain.wording import sentence
 
 
 def matrices(seed: int, n: int, m: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
@@ -100,6 +101,16 @@ def test_one_percentage_on_all_images_is_certain_however_they_differ() -> None:
     found = compare(a, 1.05 * a)
     assert found.ci95_percent == pytest.approx((5, 5))
     assert found.ci95_new_images_percent == pytest.approx((5, 5))
+
+
+def test_what_did_not_move_says_nothing_of_what_would_be_seen() -> None:
+    a, _ = matrices(2, 9, 5, 0.0)
+    found = compare(a, a.copy())
+    assert (found.change_percent, found.ci95_percent, found.p_value) == (0, (0, 0), 1)
+    assert found.resolves_percent is None
+    assert found.resolves_new_images_percent is None
+    assert found.images_needed(0.1) is None
+    assert sentence(found) == "A and B are the same here: not one loss differs."
 
 
 def test_two_levels_are_judged_by_their_difference() -> None:

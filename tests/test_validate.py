@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from sdprep.errors import DataError
+from sdprep.errors import DataError, UserError
 from sdtrain.matrices import find
 from sdtrain.recipe import load_train_recipe
 from sdtrain.setup import open_setup
@@ -89,6 +90,64 @@ def test_a_model_whose_loss_is_another_quantity_is_refused(
     recipe = load_train_recipe(evaluated_run / "recipe.toml")
     with pytest.raises(DataError, match=words):
         validate_checkpoints(recipe, [other], tmp_path / "to")
+
+
+SHORT = ("validation.images=2", "validation.timesteps_per_image=2")
+
+
+def other_vae(folder: Path, to: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a model whose VAE's tensors are changed by name."""
+    other = shutil.copytree(folder, to)
+    file = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({k: change(k, v).contiguous() for k, v in load_file(file).items()}, file)
+    return other
+
+
+def test_a_vae_that_makes_the_same_latents_is_no_other_one(
+    train_recipe: Callable[..., Path],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Most files are rounded to fp16, and many came with a decoder that was trained on."""
+    recipe, base = load_train_recipe(train_recipe(), SHORT), tiny_model("sd15")
+    rounded = other_vae(base, tmp_path / "half", lambda _, t: t.half().float())
+    decoder = other_vae(
+        base, tmp_path / "decoder", lambda k, t: t * 1.5 if k.startswith("decoder.") else t
+    )
+    found = validate_checkpoints(recipe, [rounded, decoder], tmp_path / "to")
+    assert len({row["mean"] for row in found["evaluations"]}) == 1  # on the base model's latents
+    said = capsys.readouterr().err
+    assert f"{rounded}: its VAE's latents are 0.0" in " ".join(said.split())
+    encoder = other_vae(
+        base, tmp_path / "encoder", lambda k, t: t * 1.05 if k.startswith("encoder.") else t
+    )
+    with pytest.raises(DataError, match=r"has another VAE, with latents .* % apart"):
+        validate_checkpoints(recipe, [encoder], tmp_path / "to")
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    train_recipe: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = load_train_recipe(train_recipe(), SHORT)
+    lora = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_nowhere.lora_down.weight": torch.zeros(2, 2)}, lora)
+    for path in (tiny_model("sdxl"), lora):
+        with pytest.raises((DataError, UserError)):
+            validate_checkpoints(recipe, [path], tmp_path / "to")
+        assert not list((tmp_path / "to").rglob("*.npz"))
+
+
+def test_a_damaged_model_is_named(
+    train_recipe: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(tiny_model("sd15"), tmp_path / "broken one")
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "conv_out.bias": tensors["conv_out.bias"] * float("nan")}, file)
+    recipe = load_train_recipe(train_recipe(), SHORT)
+    with pytest.raises(DataError, match="^broken one: the loss of .* is not finite"):
+        validate_checkpoints(recipe, [broken], tmp_path / "to")
 
 
 def test_the_base_model_is_put_back_after_each_checkpoint(evaluated_run: Path) -> None:

@@ -79,6 +79,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key: value for key, value in inner.items() if isinstance(value, Tensor)}, {}
 
 
+def read_names(path: Path) -> list[str]:
+    """The names of a safetensors file's tensors, without reading these.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is damaged: {first_line(error)}", _advice(path)) from None
+
+
 def first_line(error: Exception) -> str:
     """What an error of a library says first; its name if it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
