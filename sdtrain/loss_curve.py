@@ -49,7 +49,8 @@ class Curve:
         logsnr: (n, m) ln SNR of them.
         loss: (n, m) unweighted losses.
         coefficients: a, b, c of the fit.
-        explained: share of the variance of single losses that the noise level explains.
+        explained: share of the variance of single losses that the noise level explains; None where
+            too few lie in one bin of levels to say.
         num_left_out: losses at an infinite ln SNR, or of no height; the fit cannot use them.
     """
 
@@ -57,7 +58,7 @@ class Curve:
     logsnr: np.ndarray
     loss: np.ndarray
     coefficients: tuple[float, float, float]
-    explained: float
+    explained: float | None
     num_left_out: int
 
     def bins(self, count: int = _NUM_BINS) -> list[dict[str, float]]:
@@ -108,13 +109,20 @@ def curve_of(u: np.ndarray, logsnr: np.ndarray, loss: np.ndarray) -> Curve:
     )
 
 
-def _explained(u: np.ndarray, loss: np.ndarray) -> float:
-    """One less the share of the variance that is left within bins of the noise level."""
+def _explained(u: np.ndarray, loss: np.ndarray) -> float | None:
+    """One less the share of the variance that is left within bins of the noise level.
+
+    Both variances are over their degrees of freedom: a bin with one loss in it has nothing left,
+    whatever the noise level does.
+    """
     which = np.minimum((u * _NUM_BINS).astype(int), _NUM_BINS - 1)
-    total = float(((loss - loss.mean()) ** 2).sum())
-    inside = [loss[which == k] for k in range(_NUM_BINS)]
-    left = sum(float(((part - part.mean()) ** 2).sum()) for part in inside if part.size)
-    return 1 - left / total if total else 1.0
+    inside = [loss[which == k] for k in np.unique(which)]
+    freedom = loss.size - len(inside)
+    total = float(loss.var(ddof=1)) if freedom else 0.0
+    if not total:
+        return None
+    left = sum(float(((part - part.mean()) ** 2).sum()) for part in inside) / freedom
+    return max(0.0, 1 - left / total)
 
 
 def measure(
@@ -238,9 +246,13 @@ def report(found: dict[str, Any]) -> str:
         "log loss = a + b s + c s², s = ln SNR",
         f"  here    a {fit['a']:+.5f}  b {fit['b']:+.5f}  c {fit['c']:+.5f}",
         "  SD 1.5  " + "  ".join(f"{k} {v:+.5f}" for k, v in study["fit"].items()),
-        f"the noise level explains {100 * found['explained_by_noise_level']:.1f} % of the variance "
+        f"the noise level explains {_share(found['explained_by_noise_level'])} of the variance "
         f"of single losses (SD 1.5: {100 * low:.1f} to {100 * high:.1f} %)",
     ]
     if found["left_out_of_the_fit"]:
         lines.append(f"{found['left_out_of_the_fit']} losses at no signal at all are not fitted")
     return "\n".join([*lines, f"picture: {found['path']}"])
+
+
+def _share(explained: float | None) -> str:
+    return "an unknown share (too few losses)" if explained is None else f"{100 * explained:.1f} %"

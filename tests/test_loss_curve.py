@@ -31,10 +31,23 @@ def made_up(noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_a_known_curve_is_found_again() -> None:
     curve = curve_of(*made_up(0.0))
     assert curve.coefficients == pytest.approx(WANTED)
+    assert curve.explained is not None
     assert curve.explained > 0.99  # what is left is the slope within a bin
     noisy = curve_of(*made_up(0.5))
     assert noisy.coefficients == pytest.approx(WANTED, abs=0.1)
+    assert noisy.explained is not None
     assert 0.3 < noisy.explained < curve.explained
+
+
+def test_few_losses_do_not_explain_themselves() -> None:
+    u = np.sort(np.random.default_rng(3).uniform(size=(3, 16)), axis=1)
+    loss = np.exp(0.3 * np.random.default_rng(4).standard_normal(u.shape))  # whatever the level
+    found = curve_of(u, 6 - 12 * u, loss)
+    assert found.explained is not None
+    assert found.explained < 0.5
+    alone = np.arange(3)[:, None] / 4 + 0.1
+    assert curve_of(alone, 6 - 12 * alone, loss[:, :1]).explained is None
+    assert curve_of(u, 6 - 12 * u, np.ones_like(u)).explained is None
 
 
 def test_what_has_no_logarithm_is_counted_and_left_out() -> None:
