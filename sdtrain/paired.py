@@ -52,6 +52,11 @@ class Comparison:
     num_levels: int
 
     @property
+    def is_same(self) -> bool:
+        """Whether not one loss differs."""
+        return self.ci95_percent == (0.0, 0.0)
+
+    @property
     def direction(self) -> int:
         """-1 if the loss fell, 1 if it rose, 0 if this set cannot tell."""
         return side(self.ci95_percent)

@@ -261,6 +261,11 @@ def compare_cells(cells: Sequence[Cell], failed: dict[str, str]) -> dict[str, An
     means = {name: measured.load().mean for name, measured in ends.items()}
     ranked = sorted(means, key=lambda name: (means[name], name))
     pairs = dict(_against_the_lowest(ranked, ends))
+    for name in [name for name, pair in pairs.items() if pair.found.is_same]:
+        warn(
+            f"{name} ended with the very losses of {ranked[0]}: what they differ in did nothing, "
+            "as train.lr does where later rules win; the log of either may say more"
+        )
     outcomes = {cell.name: cell.outcome or {} for cell in cells}
     runs = [
         {

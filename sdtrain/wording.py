@@ -56,7 +56,7 @@ def sentence(found: Comparison, a: str = "A", b: str = "B", direction: int | Non
 
 def _told(found: Comparison, a: str, b: str, direction: int) -> str:
     assert found.ci95_percent is not None, "the caller looked"
-    if found.ci95_percent == (0.0, 0.0):
+    if found.is_same:
         return f"{a} and {b} are the same here: not one loss differs."
     if direction == 0:
         many = ", and several comparisons were made" if found.direction else ""

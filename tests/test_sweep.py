@@ -13,6 +13,7 @@ import pytest
 
 from sdprep.errors import RecipeError
 from sdtrain.sweep import OUTCOME, compare_cells, plan_cells, report
+from tests.test_compare import written
 
 RATE = "train.rules.0.lr"
 
@@ -80,6 +81,22 @@ def test_runs_without_an_evaluation_are_done_all_the_same(
     assert [run["mean"] for run in found["runs"]] == [None, None]
     assert report(found).count("was not evaluated") == 2
     assert "holds no evaluation" in capsys.readouterr().err
+
+
+def test_runs_that_differ_in_nothing_are_told(
+    train_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`train.lr` is a first rule, which those of the recipe overrule."""
+    cells = plan_cells(train_recipe(), [], ["train.lr=1e-4,1e-3,1e-2"], tmp_path / "sweep")
+    for cell, change in zip(cells, (-0.02, -0.02, -0.01), strict=True):
+        written(cell.output, at0=0.0, at8=change)
+        kept = {"key": cell.key, "outcome": {"verdict": None}}
+        (cell.output / OUTCOME).write_text(json.dumps(kept), encoding="utf-8")
+    found = compare_cells(cells, {})
+    said = " ".join(capsys.readouterr().err.split())
+    assert found["lowest"] == "lr=0.0001"
+    assert "lr=0.001 ended with the very losses of lr=0.0001" in said
+    assert "lr=0.01 ended" not in said
 
 
 def sweep(path: Path, *more: str) -> tuple[int, Any, str]:
