@@ -22,7 +22,7 @@ from sdtrain.check_facts import (
 from sdtrain.dataset import Rows, policy_words
 from sdtrain.memory import checkpoint_bytes, memory
 from sdtrain.planned import rates_at
-from sdtrain.probe_sets import usual_levels
+from sdtrain.probe_sets import num_images, usual_levels
 from sdtrain.recipe import TrainRecipe
 from sdtrain.resolution import expected_percent
 from sdtrain.run_folder import versions
@@ -284,11 +284,7 @@ def _learning_rate(setup: Setup) -> dict[str, Any]:
 def _evaluation(setup: Setup) -> dict[str, Any]:
     wanted = setup.recipe.validation
     every = setup.every_samples(wanted.every_samples, 40)
-    validation = 0 if setup.validation is None else len(setup.validation.kept)
-    images: dict[str, int] = {
-        "validation": min(wanted.images, validation),
-        "train_probe": min(wanted.train_probe_images, len(setup.train.kept)),
-    }
+    images = num_images(setup)
     if wanted.forgetting is not None:
         images["forgetting"] = wanted.forgetting.images
     per_image = {

@@ -57,17 +57,18 @@ class DistributedSection(Section):
         if self.engine == "ddp":
             return
         optimizer, precision, ema = recipe.optimizer, recipe.precision, recipe.ema
+        others = "adamw, sgd and schedule_free" if self.engine == "fsdp2" else "adamw and sgd"
         refused = {
-            f"optimizer {optimizer.type} (adamw and sgd can)": not getattr(
-                optimizer, "works_sharded", False
-            ),
+            f"optimizer {optimizer.type} ({others} can)": self.engine
+            not in getattr(optimizer, "works_sharded", ()),
             "precision.mixed fp16": precision.mixed == "fp16",
             "precision.parameters bf16": precision.parameters == "bf16",
-            "train.phases": bool(recipe.train.phases),
-            "compile.mode blocks": recipe.compile.mode != "off",
         }
         if self.engine == "fsdp2":
             refused["ema.device cpu"] = ema is not None and ema.device == "cpu"
+        else:
+            refused["train.phases"] = bool(recipe.train.phases)
+            refused["compile.mode blocks"] = recipe.compile.mode != "off"
         for what, is_asked in refused.items():
             if is_asked:
                 raise ValueError(f"distributed.engine {self.engine} cannot go with {what}; ddp can")
@@ -176,14 +177,17 @@ def _pieces(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def whole(tensor: Any) -> Tensor:
     """A tensor as it is, or put together from all processes, which must all ask for it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    return tensor.full_tensor() if is_spread(tensor) else tensor
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether each process holds a piece of a tensor only."""
+    return hasattr(tensor, "full_tensor")
 
 
 def laid_out_like(tensor: Tensor, place: Any) -> Tensor:
     """A whole tensor, cut as `place` is if that is spread over the processes."""
-    is_spread = hasattr(place, "full_tensor")
-    if not is_spread or hasattr(tensor, "full_tensor") or tensor.shape != place.shape:
+    if not is_spread(place) or is_spread(tensor) or tensor.shape != place.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -2,7 +2,8 @@
 
 Which phase it is is a function of samples seen, asked at the start of each step: a change takes
 effect with the first step that starts at it or after it. A part that rests gets no gradient, is
-neither stepped nor decayed, and its optimizer state waits on the CPU.
+neither stepped nor decayed, and its optimizer state waits on the CPU, unless it is spread over
+several processes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from sdprep.console import warn
 from sdprep.errors import UserError, nearest
 from sdprep.recipe import Section
+from sdtrain.engine import is_spread
 from sdtrain.freeze_plan import FreezePlan, ParameterGroup
 from sdtrain.freezing import set_modes
 
@@ -202,7 +204,7 @@ class PhaseSwitch:
     def _move(self, path: str, state: dict[str, object], *, is_live: bool) -> None:
         """Bring a parameter's state back, or put it aside on the CPU."""
         for name, value in state.items():
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or is_spread(value):
                 continue
             if is_live:
                 home = self._homes.pop((path, name), value.device)

@@ -112,11 +112,20 @@ def _splits(setup: Setup) -> tuple[tuple[str, Rows | None, Assignment | None, in
 
 def num_images(setup: Setup) -> dict[str, int]:
     """How many images `validation` and `train_probe` would have, before anything is measured."""
-    seed = setup.evaluation_seed
     return {
-        name: len(_choose(name, rows, assignment, seed, count)) if rows and assignment else 0
+        name: _num_chosen(rows, assignment, count) if rows and assignment else 0
         for name, rows, assignment, count in _splits(setup)
     }
+
+
+def _num_chosen(rows: Rows, assignment: Assignment, most: int) -> int:
+    """How many `_choose` finds: whatever the order, one of each group until there are enough."""
+    seen: set[str] = set()
+    for _, part in _in_parts(rows, assignment, np.arange(len(assignment.kept))):
+        seen.update(part)
+        if len(seen) >= most:
+            return most
+    return len(seen)
 
 
 def _set(setup: Setup, rows: Rows, probe: Probe) -> ProbeSet:
@@ -285,15 +294,24 @@ def _choose(
     by_rank = np.argsort(ranks, kind="stable")
     seen: set[str] = set()
     chosen: list[tuple[int, Bucket]] = []
-    for start in range(0, len(by_rank), _RECORDS_AT_ONCE):
-        places = by_rank[start : start + _RECORDS_AT_ONCE]
-        members = assignment.kept[places].tolist(), assignment.bucket_of[places].tolist()
-        part = list(zip(*members, strict=True))
-        for (row, bucket), record in zip(part, rows.records([r for r, _ in part]), strict=True):
-            group = record.get("group_id") or rows.ids[row]
+    for places, groups in _in_parts(rows, assignment, by_rank):
+        for place, group in zip(places, groups, strict=True):
             if group not in seen and len(chosen) < num_images:
                 seen.add(group)
-                chosen.append((row, assignment.buckets[bucket]))
+                bucket = assignment.buckets[assignment.bucket_of[place]]
+                chosen.append((int(assignment.kept[place]), bucket))
         if len(chosen) == num_images:
             break
     return chosen
+
+
+def _in_parts(
+    rows: Rows, assignment: Assignment, order: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Some places of usable rows at a time, and the group of near duplicates of each."""
+    for start in range(0, len(order), _RECORDS_AT_ONCE):
+        places = order[start : start + _RECORDS_AT_ONCE]
+        kept = assignment.kept[places].tolist()
+        records = rows.records(kept)
+        ids = rows.ids.at(kept)
+        yield places, [each.get("group_id") or id_ for each, id_ in zip(records, ids, strict=True)]

@@ -3,7 +3,7 @@
     torchrun … tests/distributed_worker.py JOBS.json
 
 Each job: `recipe`, `settings`, `stop_after` (steps after which one process, the last, is asked to
-stop; 0: never).
+stop; 0: never), `is_mini` (true unless false: it trains the mini family whatever the recipe says).
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ def train(job: dict[str, Any], world: World) -> None:
 
 
 def main() -> None:
-    mini_family.install()
     sharding.SMALLEST_UNIT = 1
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if all(job.get("is_mini", True) for job in jobs):
+        mini_family.install()
     with connected() as world:
-        for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        for job in jobs:
             train(job, world)
     end_process(0)
 

@@ -68,6 +68,17 @@ def test_a_group_on_both_sides_is_a_leak(
     assert "near duplicates" not in said
 
 
+def test_one_image_of_each_group_is_counted_as_it_is_evaluated(
+    train_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [prepared_row(n, group_id=f"group{n // 3}") for n in range(18)]
+    recipe = train_recipe(data=write_prepared(tmp_path / "set", rows[:9], rows[9:]))
+    for wanted, train in ((64, 3), (2, 2)):
+        settings = "validation.images=64", f"validation.train_probe_images={wanted}"
+        found, _ = facts(recipe, *settings)
+        assert found["evaluation"]["images"] == {"validation": 3, "train_probe": train}
+
+
 def test_the_cost_of_evaluation_counts_every_set_and_both_weights(
     train_recipe: Callable[..., Path],
 ) -> None:

@@ -16,7 +16,7 @@ class Config(Section):
     """AdamW of torch."""
 
     type: Literal["adamw"] = "adamw"
-    works_sharded: ClassVar[bool] = True
+    works_sharded: ClassVar[tuple[str, ...]] = ("fsdp2", "deepspeed")
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="Decay of the running mean and of the running square."
     )

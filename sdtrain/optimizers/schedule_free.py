@@ -24,6 +24,7 @@ class Config(Section):
 
     type: Literal["schedule_free"] = "schedule_free"
     keeps_training_point: ClassVar[bool] = True
+    works_sharded: ClassVar[tuple[str, ...]] = ("fsdp2",)
     only_schedules: ClassVar[tuple[str, ...]] = ("constant",)
     refuses: ClassVar[dict[str, str]] = {
         "ema": "it averages by itself",

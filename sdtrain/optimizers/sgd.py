@@ -16,7 +16,7 @@ class Config(Section):
     """SGD of torch; its rate is about 2e-2."""
 
     type: Literal["sgd"] = "sgd"
-    works_sharded: ClassVar[bool] = True
+    works_sharded: ClassVar[tuple[str, ...]] = ("fsdp2", "deepspeed")
     momentum: float = Field(0.0, ge=0, lt=1, description="Decay of the running sum of gradients.")
     weight_decay: float = Field(0.0, ge=0, description="Decay per step, times the rate.")
     max_grad_norm: float = Field(
