@@ -285,8 +285,6 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
     wanted = setup.recipe.validation
     every = setup.every_samples(wanted.every_samples, 40)
     images = num_images(setup)
-    if wanted.forgetting is not None:
-        images["forgetting"] = wanted.forgetting.images
     per_image = {
         name: usual_levels(count)
         if wanted.timesteps_per_image == "auto"

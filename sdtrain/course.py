@@ -14,6 +14,7 @@ from pydantic import Field
 from sdprep.errors import DataError
 from sdprep.recipe import Section
 from sdtrain.verdict import HELD_OUT, Verdict, judge, words
+from sdtrain.wording import amount
 
 if TYPE_CHECKING:
     from sdtrain.stable_eval import ProbeSet
@@ -78,7 +79,7 @@ def _why_stop(
     last = words(history, stop.patience)
     if len(last) < stop.patience or any(word not in STOPPERS for word in last):
         return None
-    return f"{verdict.word} at {stop.patience} evaluations in a row"
+    return f"{verdict.word} at {amount(stop.patience, 'evaluation')} in a row"
 
 
 # --- the best checkpoint -------------------------------------------------------------------------

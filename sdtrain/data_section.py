@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from sdprep.errors import DataError
 from sdprep.recipe import Section
 from sdtrain.pixels import CropRule
 
 STREAM_KEEP_GB = 20.0
 USUAL_MICRO_BATCH = 4
+_OF_DATA = re.compile(r"(?<![\w/.\\-])data\.(path|revision|image_column|caption_column)\b")
+
+
+@contextmanager
+def called(section: str) -> Iterator[None]:
+    """What is opened like a `[data]` is named in errors as what it is, such as `prior`."""
+    try:
+        yield
+    except DataError as error:
+        words = (_OF_DATA.sub(rf"{section}.\1", text) for text in (error.message, error.hint))
+        raise DataError(*words) from error
 
 
 class DataSection(Section):

@@ -19,6 +19,7 @@ from sdprep.errors import DataError
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section
 from sdprep.seeding import digest, integer
+from sdtrain.data_section import called
 
 if TYPE_CHECKING:
     from sdtrain.buckets import Assignment
@@ -112,16 +113,10 @@ def open_path(setup: Setup, section: ForgettingSection) -> Outside:
     if is_picture_folder(Path(section.path)):
         rows = read_folder(Path(section.path))
     else:
-        data = open_data(
-            DataSection(
-                path=section.path,
-                revision=section.revision,
-                image_column=section.image_column,
-                caption_column=section.caption_column,
-            ),
-            PromptPolicy(),
-            needs_split=False,
-        )
+        keys = ("path", "revision", "image_column", "caption_column")
+        asked = DataSection(**{key: getattr(section, key) for key in keys})
+        with called("validation.forgetting"):
+            data = open_data(asked, PromptPolicy(), needs_split=False)
         rows = data.train
         policy, seed = data.policy, setup.evaluation_seed
 
@@ -143,15 +138,15 @@ def _usable(setup: Setup, rows: Rows, prompt_of: PromptOf) -> Outside:
 
     sizes = bucket_sizes(setup.recipe, setup.family)
     assignment = assign(rows, sizes, setup.recipe.data.max_upscale)
+    reasons = ", ".join(f"{why} {count}" for why, count in assignment.reasons().items())
     if not len(assignment.kept):
-        reasons = ", ".join(f"{why} {count}" for why, count in assignment.reasons().items())
         raise DataError(
             f"validation.forgetting has no usable image ({reasons or 'it is empty'})",
             "Give images that are not trained on and large enough for data.resolution_px.",
         )
     if assignment.refused:
         count = len(assignment.refused)
-        warn(f"{NAME}: {count} of {len(rows)} images are not usable: {assignment.reasons()}")
+        warn(f"{NAME}: {count} of {len(rows)} images are not usable ({reasons})")
     return Outside(rows, assignment, prompt_of)
 
 

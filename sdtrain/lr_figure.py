@@ -34,23 +34,32 @@ def draw(ramp: Ramp, bounds: Bounds, path: Path) -> None:
         axes.set_ylabel("change of the loss since the start, %")
         axes.set_ylim(*_limits(ramp))
         axes.legend(loc="lower left")
-        for name, (words, colour) in _SPANS.items():
-            bound = getattr(bounds, name)
-            if bound is not None:
-                high = bound.high if math.isfinite(bound.high) else ramp.lr[-1]
-                axes.axvspan(bound.low, high, color=colour, alpha=0.12, lw=0)
-                axes.axvline(bound.value, color=colour, lw=1.4)
-                axes.annotate(
-                    words,
-                    (bound.value, 1),
-                    xycoords=("data", "axes fraction"),
-                    xytext=(3, -4),
-                    textcoords="offset points",
-                    rotation=90,
-                    va="top",
-                    fontsize=9,
-                    color=colour,
-                )
+        mark(axes, bounds, float(ramp.lr[-1]))
+
+
+def mark(axes: Axes, bounds: Bounds, last: float) -> None:
+    """Draw the bounds with their intervals; words at one rate stand in one line."""
+    words_at: dict[float, list[str]] = {}
+    for name, (words, colour) in _SPANS.items():
+        bound = getattr(bounds, name)
+        if bound is not None:
+            high = bound.high if math.isfinite(bound.high) else last
+            axes.axvspan(bound.low, high, color=colour, alpha=0.12, lw=0)
+            axes.axvline(bound.value, color=colour, lw=1.4)
+            words_at.setdefault(bound.value, []).append(words)
+    colours = dict(_SPANS.values())
+    for value, names in words_at.items():
+        axes.annotate(
+            ", ".join(names),
+            (value, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -4),
+            textcoords="offset points",
+            rotation=90,
+            va="top",
+            fontsize=9,
+            color=colours[names[-1]],
+        )
 
 
 def _curve(axes: Axes, lr: np.ndarray, losses: np.ndarray, name: str) -> None:

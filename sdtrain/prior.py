@@ -7,7 +7,6 @@ restart or number of GPUs sees the same stream. Every sample counts for the cloc
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from sdprep.console import talk
-from sdprep.errors import DataError
 from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section
+from sdtrain.data_section import called
 from sdtrain.joined_rows import JoinedRows
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from sdtrain.dataset import Rows, TrainingData
     from sdtrain.family import Family
     from sdtrain.recipe import DataSection
-
-_OF_DATA = re.compile(r"(?<![\w/.\\-])data\.(path|revision|image_column|caption_column)\b")
 
 PREFIX = "prior/"
 """What ids of prior images begin with, so that their noise and crops are draws of their own."""
@@ -150,16 +147,13 @@ def open_prior(
     from sdtrain.buckets import require_enough
     from sdtrain.dataset import open_data
 
-    try:
+    with called("prior"):
         data = open_data(
             section.data(like),
             PromptPolicy(),
             needs_split=False,
             needs_text=section.caption is None,
         )
-    except DataError as error:  # opened like a [data], and named as what it is
-        words = (_OF_DATA.sub(r"prior.\1", text) for text in (error.message, error.hint))
-        raise DataError(*words) from error
     for note in data.notes:
         talk.print(f"prior: {note}", markup=False, soft_wrap=True)
     if held_out is not None:

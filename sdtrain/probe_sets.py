@@ -18,7 +18,7 @@ from sdprep.seeding import digest
 from sdtrain.buckets import Assignment
 from sdtrain.dataset import Rows
 from sdtrain.family import Family
-from sdtrain.forgetting import NAME, PromptOf, open_outside
+from sdtrain.forgetting import NAME, PromptOf, open_outside, open_path
 from sdtrain.labels import labels_of
 from sdtrain.lattice import FLAT, NUM_STRATA, PILOT_REPEATS, pilot_points, warp_from_pilot
 from sdtrain.probe import PROBE_FILE, Probe, ProbeImage
@@ -111,11 +111,22 @@ def _splits(setup: Setup) -> tuple[tuple[str, Rows | None, Assignment | None, in
 
 
 def num_images(setup: Setup) -> dict[str, int]:
-    """How many images `validation` and `train_probe` would have, before anything is measured."""
-    return {
+    """How many images each set would have, before anything is measured.
+
+    Raises:
+        DataError: what is to be seen of forgetting cannot be opened.
+    """
+    found = {
         name: _num_chosen(rows, assignment, count) if rows and assignment else 0
         for name, rows, assignment, count in _splits(setup)
     }
+    forgetting = setup.recipe.validation.forgetting
+    if forgetting is not None and forgetting.path is None:
+        found[NAME] = forgetting.images  # to be drawn
+    elif forgetting is not None:
+        outside = open_path(setup, forgetting)
+        found[NAME] = _num_chosen(outside.rows, outside.assignment, forgetting.images)
+    return found
 
 
 def _num_chosen(rows: Rows, assignment: Assignment, most: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sdprep.errors import DataError, RecipeError
+from sdtrain.check import describe
 from sdtrain.checkpoint import checkpoints
 from sdtrain.forgetting import DRAWN
 from sdtrain.picture_rows import FolderRows, is_picture_folder, read_folder
@@ -65,6 +66,21 @@ def test_a_folder_of_photos_is_a_set(
     assert "1 images" in told
     assert "are also in the data set and are left out" in told
     assert "have no text beside them: empty prompt" in told
+
+
+def test_check_opens_what_evaluations_will_look_at(
+    train_recipe: Recipe, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = f"validation.forgetting.path={json.dumps(str(outside))}"
+    found = describe(opened(train_recipe(), named))["evaluation"]
+    assert (
+        found["images"]["forgetting"] == 3
+    )  # neither the 32 that are asked for, nor that of train
+    assert "are not usable (in_data_set 1)" in " ".join(capsys.readouterr().err.split())
+    assert describe(opened(train_recipe(), *DRAWING))["evaluation"]["images"]["forgetting"] == 4
+    gone = f"validation.forgetting.path={json.dumps(str(outside / 'nowhere'))}"
+    with pytest.raises(DataError, match=r"^validation\.forgetting\.path = "):
+        describe(opened(train_recipe(), gone))
 
 
 def test_a_folder_without_usable_images_is_refused(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sdprep.errors import UserError
-from sdtrain import lr_find
+from sdtrain import lr_figure, lr_find
 from sdtrain.lr_bounds import (
     SAFE_SHARE,
     Bound,
@@ -200,6 +200,17 @@ def test_a_real_ramp_writes_curves_numbers_and_recipes(small_recipe: Path) -> No
     assert again == found
     assert (folder / "metrics.jsonl").read_bytes() == before  # nothing was trained again
     assert "training breaks at" in lr_find.report(found)
+
+
+def test_bounds_at_one_rate_share_a_label() -> None:
+    from matplotlib.figure import Figure
+
+    low, high = Bound(1e-6, 1e-6, 2e-6), Bound(1e-4, 1e-4, float("inf"))
+    bounds = Bounds(-1.0, -5.0, low, high, high, high, "rate", high)
+    axes = Figure().subplots()
+    lr_figure.mark(axes, bounds, 1e-3)
+    labels = {text.get_text(): text.xy[0] for text in axes.texts}
+    assert labels == {"learning starts": 1e-6, "best, held-out rises, breaks": 1e-4}
 
 
 def test_what_cannot_be_found_is_said_before_anything_is_trained(small_recipe: Path) -> None:

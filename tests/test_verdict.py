@@ -168,6 +168,7 @@ def test_stopping_waits_for_its_patience_and_for_evidence() -> None:
     first = list(words(history, 9)).index("overfitting")
     assert course(TURNING[: first + 1]).stop is None
     assert course(TURNING[: first + 2]).stop == "overfitting at 2 evaluations in a row"
+    assert course(TURNING[: first + 1], 1).stop == "overfitting at 1 evaluation in a row"
     assert course(TURNING, 9).stop is None
     assert course(TURNING, None).stop is None
     assert course(FALLING).stop is None
