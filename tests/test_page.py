@@ -226,6 +226,18 @@ def test_a_run_without_evaluation_has_a_page(run: Path) -> None:
         page.write_page(run.parent)
 
 
+def test_a_loss_that_did_not_move_is_told_so(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    still = {"change_percent": 0.0, "ci95_percent": [0, 0], "ci95_new_images_percent": [0, 0]}
+    still |= {"resolves_percent": None, "resolves_new_images_percent": None}
+    changed = [
+        json.dumps(line | (still if line["kind"] == "validation" else {}))
+        for line in map(json.loads, lines)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(changed) + "\n", encoding="utf-8")
+    assert "not one loss has changed since the start" in outline(page.write_page(run)).words
+
+
 def test_sets_without_an_interval_are_drawn(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     without = []
