@@ -102,7 +102,9 @@ def command_line() -> str:
     import shlex
     from pathlib import Path
 
-    return shlex.join([Path(sys.argv[0]).stem, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    is_module = program.stem in ("__main__", "cli")  # python -m sdprep
+    return shlex.join([program.parent.name if is_module else program.stem, *sys.argv[1:]])
 
 
 def run_app(app: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sdprep import plugins
+from sdprep import console, plugins
 from sdprep.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,3 +179,18 @@ def test_the_plain_import_of_the_trainer_needs_no_lance() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_program_is_a_module_as_well(program: str) -> None:
+    command = [sys.executable, "-m", program, "plugins", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "typed", ["/usr/bin/sdprep", "Scripts/sdprep.exe", "x/sdprep/__main__.py", "x/sdprep/cli.py"]
+)
+def test_the_history_names_the_program(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    monkeypatch.setattr(sys, "argv", [typed, "tag", "my photos.lance"])
+    assert console.command_line() == "sdprep tag 'my photos.lance'"
