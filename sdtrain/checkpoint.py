@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,17 @@ def write(folder: Path, snapshot: Snapshot, keep: int, best: int | None = None) 
         ) from error
     for old in checkpoints(folder)[:-keep]:
         if old not in (final, folder / str(best)):
-            shutil.rmtree(old, ignore_errors=True)
+            _drop(old)
     return final
+
+
+def _drop(old: Path) -> None:
+    """Remove a checkpoint so that nobody, also not after a kill, ever meets half of it."""
+    dropped = old.with_name(f".dropped-{old.name}")
+    with suppress(OSError):  # such as a file in it that is open, on Windows
+        _clear(dropped)
+        old.replace(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _write_files(folder: Path, snapshot: Snapshot) -> None:
@@ -220,8 +230,9 @@ def clear_leftovers(folder: Path) -> None:
         final = folder / left.name.removeprefix(".replaced-")
         if not final.exists():
             left.replace(final)
-    for left in [*folder.glob(".writing-*"), *folder.glob(".replaced-*")]:
-        shutil.rmtree(left, ignore_errors=True)
+    for kind in ("writing", "replaced", "dropped"):
+        for left in folder.glob(f".{kind}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def set_aside_newer(folder: Path, samples_seen: int) -> None:

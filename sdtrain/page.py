@@ -20,7 +20,7 @@ from sdtrain.paired import compare
 from sdtrain.probe import PROBE_FILE, Probe
 from sdtrain.run_folder import RunFolder
 from sdtrain.stable_eval import NO_INTERVAL, verdict
-from sdtrain.trackers.jsonl import read_metrics
+from sdtrain.trackers.jsonl import last_error, read_metrics
 from sdtrain.wording import half, percent, sentence
 
 PAGE = "report.html"
@@ -138,9 +138,10 @@ def _stopped_early(metrics: Sequence[Line]) -> bool:
 
 def _error(metrics: Sequence[Line]) -> str:
     """What a run died of; nothing once it has gone on."""
-    if not metrics or metrics[-1]["kind"] != "error":
+    message = last_error(metrics)
+    if message is None:
         return ""
-    text = parts.typeset(metrics[-1]["message"])
+    text = parts.typeset(message)
     return f'<section class="verdict bad"><h2>Ended by an error</h2><p>{text}</p></section>'
 
 

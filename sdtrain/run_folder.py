@@ -23,6 +23,9 @@ PACKAGES = (
 )
 
 
+LOCK = ".run.lock"  # whatever the folder is called: it may be reached by several names
+
+
 class RunFolder:
     """Names of what a run leaves behind."""
 
@@ -60,11 +63,19 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(WriterLock(self.path / f".{self.path.name}.lock").hold())
+                stack.enter_context(self._lock().hold())
             except DataError as error:
-                what = error.message.removeprefix(f".{self.path.name} ")  # what the lock calls it
+                what = error.message.removeprefix(f"{Path(LOCK).stem} ")  # what the lock calls it
                 raise UserError(f"run folder {self.path} {what}", error.hint) from None
             yield
+
+    def _lock(self) -> WriterLock:
+        return WriterLock(self.path / LOCK)
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a process writes here, or was killed at it; asked without touching the lock."""
+        return self._lock().note.is_file()
 
     def describe(self, recipe: TrainRecipe, facts: dict[str, Any]) -> None:
         """Write the resolved recipe and the environment."""

@@ -59,6 +59,24 @@ def test_what_a_kill_left_is_cleared_or_mended(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["16", "8"]
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.write(tmp_path, snapshot(8), keep=1)
+
+    def killed_at(path: Path, **options: Any) -> None:
+        (path / "trained.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed_at)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.write(tmp_path, snapshot(16), keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["16"]
+    checkpoint.clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["16"]
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = checkpoint.write(tmp_path, snapshot(8), keep=3)
     trained = path / checkpoint.TRAINED

@@ -207,6 +207,17 @@ def test_a_second_writer_is_told_which_folder_and_who(tmp_path: Path) -> None:
         pass
 
 
+def test_a_second_writer_by_another_name_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.writing():
+        (tmp_path / "newest").symlink_to(folder.path, target_is_directory=True)
+        other = RunFolder(tmp_path / "newest")
+        with pytest.raises(UserError, match="is being written by"), other.writing():
+            pass
+        assert other.is_claimed
+    assert not folder.is_claimed
+
+
 def test_an_interrupted_step_is_replayed_whole(
     train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

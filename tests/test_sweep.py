@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from sdprep.errors import RecipeError
+from sdprep.errors import RecipeError, UserError
+from sdtrain import sweep as sweeping
+from sdtrain.cli import app
 from sdtrain.sweep import OUTCOME, compare_cells, plan_cells, report
 
 RATE = "train.rules.0.lr"
@@ -80,6 +83,38 @@ def test_runs_without_an_evaluation_are_done_all_the_same(
     assert [run["mean"] for run in found["runs"]] == [None, None]
     assert report(found).count("was not evaluated") == 2
     assert "holds no evaluation" in capsys.readouterr().err
+
+
+def test_two_sweeps_in_one_folder_do_not_take_each_others_results(
+    train_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each run prints is kept for the sweep that started it."""
+    path = train_recipe()
+    (cell,) = plan_cells(path, [], [f"{RATE}=1e-4"], None)
+    program = "import json; print(json.dumps({'is_finished': True, 'samples_seen': 1}))"
+    monkeypatch.setattr(sweeping, "_command", lambda *_: [sys.executable, "-c", program])
+    first, second = sweeping._start(path, cell, None), sweeping._start(path, cell, None)
+    for each in (second, first):
+        each.process.wait()
+        assert sweeping._finish(each) is None
+    assert cell.outcome == {"is_finished": True, "samples_seen": 1}
+
+
+@pytest.mark.parametrize(
+    ("command", "more"), [("sweep", ("--over", "train.lr=1e-4,1e-3")), ("lr-find", ())]
+)
+def test_a_launcher_may_not_start_several(
+    command: str,
+    more: tuple[str, ...],
+    train_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(app, [command, str(train_recipe()), *more])
+    assert isinstance(result.exception, UserError)
+    assert f"sdtrain {command} is one process" in result.exception.message
+    assert "started 2 of them" in result.exception.message
 
 
 def sweep(path: Path, *more: str) -> tuple[int, Any, str]:

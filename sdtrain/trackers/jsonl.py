@@ -55,6 +55,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [_line(path, at, text) for at, text in enumerate(whole, start=1) if text.strip()]
 
 
+def last_error(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """What a run died of, by its metrics; None once it has gone on."""
+    return str(lines[-1]["message"]) if lines and lines[-1]["kind"] == "error" else None
+
+
 def _line(path: Path, at: int, text: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
