@@ -12,6 +12,7 @@ from sdtrain import checkpoint
 from sdtrain.course import BEST, followed
 from sdtrain.run import Run, load_trained
 from sdtrain.setup import open_model
+from sdtrain.trackers.jsonl import has_stopped_early, read_metrics
 
 
 def hand_over(run: Run) -> None:
@@ -25,7 +26,8 @@ def hand_over(run: Run) -> None:
     temporary = final.with_name(f".{final.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     best = followed(run.folder.checkpoints / BEST)
-    is_best = run.course is not None and run.course.stop is not None and best.is_dir()
+    # Not by run.course: a run that was killed after its last checkpoint looks at nothing again.
+    is_best = has_stopped_early(read_metrics(run.folder.metrics)) and best.is_dir()
     try:
         if run.setup.engine.is_sharded:
             newest = run.folder.checkpoints / str(run.samples_seen)

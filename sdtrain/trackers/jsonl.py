@@ -60,6 +60,11 @@ def last_error(lines: Sequence[Mapping[str, Any]]) -> str | None:
     return str(lines[-1]["message"]) if lines and lines[-1]["kind"] == "error" else None
 
 
+def has_stopped_early(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the evaluations of a run ended it, by its metrics."""
+    return any(line.get("stopped_early") for line in lines[-4:])
+
+
 def _line(path: Path, at: int, text: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
