@@ -131,7 +131,9 @@ def _header(name: str, facts: Line, metrics: Sequence[Line], is_running: bool) -
     total = facts.get("total_samples") or seen
     state = "in training" if is_running else "in progress, or stopped"
     state = "ended by an error" if _error(metrics) else state
-    state = "stopped early" if has_stopped_early(metrics) else "finished" if seen >= total else state
+    state = (
+        "stopped early" if has_stopped_early(metrics) else "finished" if seen >= total else state
+    )
     words = [escape(str(facts[key])) for key in ("model", "adapter") if facts.get(key)]
     words += [f"{seen:,} of {total:,} samples ({state})", f"started {escape(_when(facts))}"]
     share = 100 * min(1.0, seen / total) if total else 0
