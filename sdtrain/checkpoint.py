@@ -266,6 +266,7 @@ def read_state(path: Path) -> dict[str, Any]:
         DataError: it is no checkpoint, is damaged, or another release wrote it.
     """
     file = path / STATE
+    _must_be_there(path)
     if not file.is_file():
         raise DataError(f"{path} is no checkpoint of sdtrain: it has no {STATE}", older_than(path))
     try:
@@ -276,6 +277,14 @@ def read_state(path: Path) -> dict[str, Any]:
     if found != FORMAT_VERSION:
         raise DataError(f"{path} has format version {found}, expected {FORMAT_VERSION}")
     return dict(state)
+
+
+def _must_be_there(path: Path) -> None:
+    if not path.is_dir():
+        raise DataError(
+            f"checkpoint {path} is not there, or not any more",
+            "A run keeps the newest few; checkpoint.keep in its recipe says how many.",
+        )
 
 
 def read_trained(path: Path) -> dict[str, Tensor]:
@@ -335,6 +344,7 @@ def _tensors(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
             return load_file(file)
     except (OSError, SafetensorError) as error:
         problem = str(error)
+    _must_be_there(file.parent)  # asked late, as it may have been removed just now
     raise DataError(
         f"{file} is missing or damaged: {problem}", older_than(file.parent) or NO_OLDER_ONE
     )
