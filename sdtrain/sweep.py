@@ -101,7 +101,7 @@ def plan_cells(
         chosen = dict(zip(axes, values, strict=True))
         name = "_".join(f"{key.rpartition('.')[2]}={_word(value)}" for key, value in chosen.items())
         own = [f"{key}={value}" for key, value in chosen.items()]
-        whole = (*settings, *own, f"output={json.dumps(str(folder / name))}")
+        whole = (*settings, *own, f"output={_toml(str(folder / name))}")
         recipe = load_train_recipe(path, whole)
         resolved = json.dumps(recipe.resolved(), sort_keys=True, default=str)
         cells.append(Cell(name, whole, recipe, digest("sweep cell", resolved)))

@@ -34,6 +34,14 @@ def test_every_combination_is_a_recipe_of_its_own(train_recipe: Callable[..., Pa
     assert len({cell.key for cell in cells}) == 4
 
 
+@pytest.mark.parametrize("name", ["an ü", "\N{SNOWMAN}\N{GRINNING FACE}", "a\"b'c", "a\\b"])
+def test_the_folder_of_a_sweep_may_have_any_name(
+    train_recipe: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    (cell,) = plan_cells(train_recipe(), [], [f"{RATE}=1e-4"], tmp_path / name)
+    assert cell.output == tmp_path / name / "lr=0.0001"
+
+
 def test_values_may_be_tables_and_lists_of_any_length(train_recipe: Callable[..., Path]) -> None:
     path = train_recipe()
     rules = [f'[{{ match = "unet.{part}.**", lr = 1e-3 }}]' for part in ("up_blocks", "mid_block")]
