@@ -298,7 +298,7 @@ def test_following_goes_on_after_a_kill_between_a_row_and_its_place(
 
 
 def test_following_ends_when_the_run_died_of_an_error_and_not_when_it_goes_on(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(run / "checkpoints" / "12")
     kept = [line for line in read_metrics(run / "metrics.jsonl") if line["samples_seen"] <= 8]
@@ -308,6 +308,7 @@ def test_following_ends_when_the_run_died_of_an_error_and_not_when_it_goes_on(
     follower = Follower(run, SHORT, tmp_path / "out")
     with RunFolder(run).writing():
         assert follower.error is None  # it is going on, and has not come to its first step
+    monkeypatch.setattr("sdtrain.follow.time.sleep", lambda _: pytest.fail("it waits for more"))
     found = follow(follower, 1000)
     assert found["rows"] == ["base", "a run @ 8"]
     assert (found["run_is_finished"], found["run_error"]) == (False, "the loss is no number")
