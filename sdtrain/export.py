@@ -19,7 +19,7 @@ from sdtrain.formats.lora_keys import write_diffusers, write_kohya
 from sdtrain.formats.modelspec import modelspec, training_record, write_hash
 from sdtrain.formats.schedulers import flow_notes, is_flow_folder
 from sdtrain.formats.single_file import DTYPES, cast, single_file_tensors, write_single_file
-from sdtrain.outputs import require_folder, written_whole
+from sdtrain.outputs import is_taken, require_folder, written_whole
 from sdtrain.provenance import RECORD, read_provenance, write_record
 
 Format = Literal["single-file", "diffusers", "lora-kohya", "lora-diffusers"]
@@ -112,7 +112,7 @@ def _target(form: str, to: Path) -> Path:
     if form in ("single-file", "lora-kohya") and not is_file:
         raise UserError(f"--to {to}: the format {form} is one file; end it in .safetensors")
     target = to if is_file or form == "diffusers" else to / LORA_FILE
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    if is_taken(target):
         raise UserError(f"{target} is there already", "Delete it first, or name another place.")
     require_folder(target if form == "diffusers" else target.parent)
     return target

@@ -56,19 +56,35 @@ def written_whole(target: Path) -> Iterator[Path]:
     What was begun is removed after an error or Ctrl-C, and by the next call after a kill.
 
     Args:
-        target: nothing is there, or a file or an empty folder.
+        target: nothing is there, or a file, or a folder that is not taken; that one stays and is
+            filled at the end, since it may be a disk of its own, or where somebody stands.
     """
-    scratch = target.with_name(f".{target.name}.new")
+    scratch = _scratch_of(target)
     _remove(scratch)
     try:
         yield scratch
         if target.is_dir():
-            target.rmdir()  # Windows puts no folder in the place of an empty one
-        scratch.replace(target)
+            for part in scratch.iterdir():
+                part.replace(target / part.name)
+            scratch.rmdir()
+        else:
+            scratch.replace(target)
     except BaseException:
         with suppress(OSError):  # the first error is the one to tell
             _remove(scratch)
         raise
+
+
+def is_taken(target: Path) -> bool:
+    """Whether something is there, besides an empty folder and what a kill left of `target`."""
+    if target.is_dir():
+        return any(part.name != _scratch_of(target).name for part in target.iterdir())
+    return target.exists()
+
+
+def _scratch_of(target: Path) -> Path:
+    whole = target.absolute()  # "." has no name
+    return (whole if target.is_dir() else whole.parent) / f".{whole.name}.new"
 
 
 def _remove(path: Path) -> None:

@@ -14,8 +14,9 @@ from PIL import Image
 
 from sdprep.errors import UserError
 from sdtrain import cli, export, run_folder
-from sdtrain.outputs import require_folder, write_text_whole, written_whole
+from sdtrain.outputs import is_taken, require_folder, write_text_whole, written_whole
 from sdtrain.sample_files import moments, save_pictures
+from sdtrain.tiny import write_tiny
 from sdtrain.trackers.jsonl import read_metrics
 from sdtrain.trackers.pace import PaceTracker
 
@@ -44,10 +45,40 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".out.new").mkdir()  # of a kill
     (tmp_path / ".out.new" / "old").touch()
-    target.mkdir()
+    assert not is_taken(target)
     write(None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in target.iterdir()] == ["first"]
+    assert is_taken(target)
+
+
+def test_an_empty_folder_that_is_there_stays_and_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be where somebody stands, or another disk: nothing is renamed across its border."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f".{tmp_path.name}.new").mkdir()  # of a kill
+    assert not is_taken(Path())
+    before = tmp_path.stat().st_ino
+    with written_whole(Path()) as scratch:
+        assert scratch.is_relative_to(tmp_path)
+        scratch.mkdir()
+        (scratch / "first").touch()
+    assert tmp_path.stat().st_ino == before
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_a_tiny_model_that_is_interrupted_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sdtrain.formats.diffusers.write_text_encoder", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            write_tiny("sd15", tmp_path / "models" / "tiny")
+    assert list((tmp_path / "models").iterdir()) == []
+    write_tiny("sd15", tmp_path / "models" / "tiny")
+    with pytest.raises(UserError, match="there already"):
+        write_tiny("sd15", tmp_path / "models" / "tiny")
 
 
 def test_a_text_that_does_not_fit_leaves_the_old_one(
