@@ -64,7 +64,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         if target.is_dir():
-            for part in scratch.iterdir():
+            for part in list(scratch.iterdir()):
                 part.replace(target / part.name)
             scratch.rmdir()
         else:

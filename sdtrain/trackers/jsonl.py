@@ -61,8 +61,9 @@ def last_error(lines: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def has_stopped_early(lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the evaluations of a run ended it, by its metrics."""
-    return any(line.get("stopped_early") for line in lines[-4:])
+    """Whether the evaluations of a run ended it, by its metrics; no more once it has gone on."""
+    verdicts = [line for line in lines[-4:] if line["kind"] == "verdict"]  # pictures come later
+    return bool(verdicts) and bool(verdicts[-1].get("stopped_early"))
 
 
 def _line(path: Path, at: int, text: str) -> dict[str, Any]:
