@@ -282,7 +282,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def _must_be_there(path: Path) -> None:
     if not path.is_dir():
         raise DataError(
-            f"checkpoint {path} is not there, or not any more",
+            f"{path} is no checkpoint: it is not there, or not any more",
             "A run keeps the newest few; checkpoint.keep in its recipe says how many.",
         )
 

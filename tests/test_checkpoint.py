@@ -83,10 +83,12 @@ def test_one_that_its_run_removed_meanwhile_is_called_so(
 ) -> None:
     first, second = (checkpoint.write(tmp_path, snapshot(n), keep=2) for n in (8, 16))
     shutil.rmtree(second)
-    with pytest.raises(DataError, match=r"16 is not there, or not any more"):
+    with pytest.raises(DataError, match=r"16 is no checkpoint: it is not there, or not any more"):
         checkpoint.read_trained(second)
     monkeypatch.setattr(checkpoint, "why_changed", lambda file, _: shutil.rmtree(file.parent))
-    with pytest.raises(DataError, match=r"8 is not there, or not any more") as caught:
+    with pytest.raises(
+        DataError, match=r"8 is no checkpoint: it is not there, or not any more"
+    ) as caught:
         checkpoint.read_trained(first)
     assert "start anew" not in caught.value.hint
 
