@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,17 @@ def write(folder: Path, snapshot: Snapshot, keep: int, best: int | None = None) 
         ) from error
     for old in checkpoints(folder)[:-keep]:
         if old not in (final, folder / str(best)):
-            shutil.rmtree(old, ignore_errors=True)
+            _drop(old)
     return final
+
+
+def _drop(old: Path) -> None:
+    """Remove a checkpoint so that nobody, also not after a kill, ever meets half of it."""
+    dropped = old.with_name(f".dropped-{old.name}")
+    with suppress(OSError):  # such as a file in it that is open, on Windows
+        _clear(dropped)
+        old.replace(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _write_files(folder: Path, snapshot: Snapshot) -> None:
@@ -220,8 +230,9 @@ def clear_leftovers(folder: Path) -> None:
         final = folder / left.name.removeprefix(".replaced-")
         if not final.exists():
             left.replace(final)
-    for left in [*folder.glob(".writing-*"), *folder.glob(".replaced-*")]:
-        shutil.rmtree(left, ignore_errors=True)
+    for kind in ("writing", "replaced", "dropped"):
+        for left in folder.glob(f".{kind}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def set_aside_newer(folder: Path, samples_seen: int) -> None:
@@ -255,6 +266,7 @@ def read_state(path: Path) -> dict[str, Any]:
         DataError: it is no checkpoint, is damaged, or another release wrote it.
     """
     file = path / STATE
+    _must_be_there(path)
     if not file.is_file():
         raise DataError(f"{path} is no checkpoint of sdtrain: it has no {STATE}", older_than(path))
     try:
@@ -265,6 +277,14 @@ def read_state(path: Path) -> dict[str, Any]:
     if found != FORMAT_VERSION:
         raise DataError(f"{path} has format version {found}, expected {FORMAT_VERSION}")
     return dict(state)
+
+
+def _must_be_there(path: Path) -> None:
+    if not path.is_dir():
+        raise DataError(
+            f"{path} is no checkpoint: it is not there, or not any more",
+            "A run keeps the newest few; checkpoint.keep in its recipe says how many.",
+        )
 
 
 def read_trained(path: Path) -> dict[str, Tensor]:
@@ -324,6 +344,7 @@ def _tensors(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
             return load_file(file)
     except (OSError, SafetensorError) as error:
         problem = str(error)
+    _must_be_there(file.parent)  # asked late, as it may have been removed just now
     raise DataError(
         f"{file} is missing or damaged: {problem}", older_than(file.parent) or NO_OLDER_ONE
     )

@@ -11,7 +11,9 @@ from typing import Any
 import typer
 
 from sdprep.console import run_app
+from sdprep.errors import UserError
 from sdtrain.commands import cache, draw, files, measure, provenance, train
+from sdtrain.disk import in_words
 
 app = typer.Typer(
     name="sdtrain",
@@ -63,6 +65,17 @@ _add("tiny", files.tiny, "sdtrain tiny FAMILY models/tiny (families: sdtrain plu
 _add("plugins", files.plugins, "sdtrain plugins --json")
 
 
+def _app() -> None:
+    """The commands; what a disk refuses is said in words, whichever of them was writing."""
+    try:
+        app()
+    except Exception as error:
+        refused = None if isinstance(error, UserError) else in_words(error)
+        if refused is None:
+            raise
+        raise refused from error
+
+
 def main() -> None:
     """Entry point of the console script."""
     # bitsandbytes tells everyone who imports it what it has not got.
@@ -70,7 +83,7 @@ def main() -> None:
     # transformers warns about torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        run_app(app)
+        run_app(_app)
     except SystemExit as end:
         world = sys.modules.get("sdtrain.world")  # there only if the command trained
         if world is not None:

@@ -19,7 +19,7 @@ from sdtrain.formats.lora_keys import write_diffusers, write_kohya
 from sdtrain.formats.modelspec import modelspec, training_record, write_hash
 from sdtrain.formats.schedulers import flow_notes, is_flow_folder
 from sdtrain.formats.single_file import DTYPES, cast, single_file_tensors, write_single_file
-from sdtrain.outputs import require_folder
+from sdtrain.outputs import is_taken, require_folder, written_whole
 from sdtrain.provenance import RECORD, read_provenance, write_record
 
 Format = Literal["single-file", "diffusers", "lora-kohya", "lora-diffusers"]
@@ -112,7 +112,7 @@ def _target(form: str, to: Path) -> Path:
     if form in ("single-file", "lora-kohya") and not is_file:
         raise UserError(f"--to {to}: the format {form} is one file; end it in .safetensors")
     target = to if is_file or form == "diffusers" else to / LORA_FILE
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    if is_taken(target):
         raise UserError(f"{target} is there already", "Delete it first, or name another place.")
     require_folder(target if form == "diffusers" else target.parent)
     return target
@@ -188,9 +188,10 @@ def _write_folder(opened: Opened, target: Path, dtype: str) -> None:
     for part, network in opened.family.parts.items():
         for name, parameter in network.named_parameters():
             parameter.data = cast(f"{part}.{name}", parameter.data, DTYPES[dtype])
-    opened.family.save(target)
-    if record := {key: opened.state[key] for key in RECORD if key in opened.state}:
-        write_record(target, record)
+    with written_whole(target) as scratch:
+        opened.family.save(scratch)
+        if record := {key: opened.state[key] for key in RECORD if key in opened.state}:
+            write_record(scratch, record)
 
 
 def _write_lora(
@@ -209,13 +210,12 @@ def _write_lora(
     }
     spec = _spec(opened, title, about, is_adapter=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.new")
-    if is_kohya:
-        write_kohya(scratch, modules, opened.family, spec)
-    else:
-        write_diffusers(scratch, modules, spec)
-    write_hash(scratch)
-    scratch.replace(target)
+    with written_whole(target) as scratch:
+        if is_kohya:
+            write_kohya(scratch, modules, opened.family, spec)
+        else:
+            write_diffusers(scratch, modules, spec)
+        write_hash(scratch)
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:

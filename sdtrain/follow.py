@@ -24,7 +24,7 @@ from sdtrain.outputs import require_folder
 from sdtrain.recipe import load_train_recipe
 from sdtrain.run_folder import RunFolder
 from sdtrain.stopping import StopRequest
-from sdtrain.trackers.jsonl import read_metrics
+from sdtrain.trackers.jsonl import last_error, read_metrics
 from sdtrain.validate import BASE
 
 GRID, ROWS, ROW = "grid.png", "rows", "row.json"
@@ -96,7 +96,8 @@ class Follower:
     def rows(self) -> list[Row]:
         """Everything drawn under these very axes: the base model first, then by clock."""
         names = [path.parent.name for path in (self.to / ROWS).glob(f"*/{ROW}")]
-        order = sorted(names, key=lambda name: (name != BASE, int(name) if name != BASE else 0))
+        whole = [name for name in names if name == BASE or name.isdecimal()]  # others: of a kill
+        order = sorted(whole, key=lambda name: (name != BASE, int(name) if name != BASE else 0))
         found = []
         for name in order:
             place = self.to / ROWS / name
@@ -119,6 +120,11 @@ class Follower:
             ends.append(facts["total_samples"])
         return any(clock >= end for end in ends[-2:])
 
+    @property
+    def error(self) -> str | None:
+        """What the run died of; None while it trains, and once it has gone on."""
+        return None if self.run.is_claimed else last_error(read_metrics(self.run.metrics))
+
     def _there(self) -> Sequence[tuple[str, Path | None]]:
         found = checkpoint.checkpoints(self.run.checkpoints)
         return [(BASE, None), *((path.name, path) for path in found)]
@@ -135,10 +141,7 @@ class Follower:
         except (DataError, OSError) as error:
             if path is None:
                 raise
-            gone = "" if path.exists() else " (it was removed meanwhile)"
-            warn(f"checkpoint {name} is left out{gone}: {error}")
-            if path.exists():
-                self.left_out.add(f"{name} {_source(path)}")
+            self._leave_out(name, path, error)
             return False
         say(f"drawing {candidate.label}")
         pictures, spreads = draw_row(family, candidate, self.axes, self.spread)
@@ -159,6 +162,15 @@ class Follower:
         shutil.rmtree(place, ignore_errors=True)
         os.replace(scratch, place)
         return True
+
+    def _leave_out(self, name: str, path: Path, error: Exception) -> None:
+        """Say why a checkpoint is not drawn; once, if it stays."""
+        try:
+            self.left_out.add(f"{name} {_source(path)}")
+            gone = ""
+        except OSError:
+            gone = " (it was removed meanwhile)"
+        warn(f"checkpoint {name} is left out{gone}: {error}")
 
     def _known(self, place: Path) -> list[tuple[str, str]]:
         if not (place / ROW).is_file():
@@ -181,19 +193,23 @@ def _source(path: Path | None) -> str:
 
 
 def follow(follower: Follower, every_seconds: float) -> dict[str, Any]:
-    """Look again and again until the run has ended, or Ctrl-C.
+    """Look again and again until the run has finished or died of an error, or Ctrl-C.
 
     Returns:
-        as a grid, and whether the run has finished.
+        as a grid, whether the run has finished, and the error that it ended by, if any.
     """
     with StopRequest("finishing the row that is being drawn") as stop:
         while True:
             # Asked before looking: what is saved while drawing is drawn in the next round.
-            is_finished = follower.is_finished
+            is_finished, error = follower.is_finished, follower.error
             follower.look(lambda: stop.is_set)
-            if is_finished or stop.is_set:
+            if is_finished or error or stop.is_set:
                 break
             until = time.monotonic() + every_seconds
             while time.monotonic() < until and not stop.is_set:
                 time.sleep(min(_NAP_SECONDS, max(0.0, until - time.monotonic())))
-    return {**follower.write(is_last=True), "run_is_finished": is_finished}
+    if error:
+        warn(f"{follower.run.path} ended by an error: {error}")
+        say("when it goes on, the same command draws what comes then")
+    found = follower.write(is_last=True)
+    return {**found, "run_is_finished": is_finished, "run_error": error}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,8 +9,10 @@ import torch
 from sdprep.console import say
 from sdtrain import checkpoint
 from sdtrain.course import BEST, followed
+from sdtrain.outputs import written_whole
 from sdtrain.run import Run, load_trained
 from sdtrain.setup import open_model
+from sdtrain.trackers.jsonl import has_stopped_early, read_metrics
 
 
 def hand_over(run: Run) -> None:
@@ -22,21 +23,16 @@ def hand_over(run: Run) -> None:
     final = run.folder.model
     if not run.is_finished or final.exists():
         return
-    temporary = final.with_name(f".{final.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
     best = followed(run.folder.checkpoints / BEST)
-    is_best = run.course is not None and run.course.stop is not None and best.is_dir()
-    try:
+    # Not by run.course: a run that was killed after its last checkpoint looks at nothing again.
+    is_best = has_stopped_early(read_metrics(run.folder.metrics)) and best.is_dir()
+    with written_whole(final) as temporary:  # the disk may be full of it
         if run.setup.engine.is_sharded:
             newest = run.folder.checkpoints / str(run.samples_seen)
             _save_from_checkpoint(run, best if is_best else newest, temporary)
         else:
             with run.weights_of(best) if is_best else run.weights_to_hand_over():
                 run.setup.adapter.save(run.setup.family, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full of it
-        raise
-    temporary.replace(final)
     if is_best:
         say(f"model/ is the best checkpoint, {best}")
 

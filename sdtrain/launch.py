@@ -56,6 +56,23 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
                 worker.stdin.close()
 
 
+def require_one_process(command: str, instead: str) -> None:
+    """Refuse several processes of a command that is one program, whose copies would collide.
+
+    Args:
+        command: its name.
+        instead: what to do.
+
+    Raises:
+        UserError: a launcher such as torchrun started this process as one of several.
+    """
+    size = os.environ.get("WORLD_SIZE", "")
+    if os.environ.get("RANK") and size not in ("", "1"):
+        raise UserError(
+            f"sdtrain {command} is one process, and a launcher has started {size} of them", instead
+        )
+
+
 def _start(arguments: Sequence[str], rank: int, size: int, port: int) -> subprocess.Popen[bytes]:
     threads = str(max(1, (os.cpu_count() or 1) // size))
     env: Mapping[str, str] = {

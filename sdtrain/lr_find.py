@@ -22,6 +22,7 @@ from sdprep.recipe import validate
 from sdprep.seeding import digest
 from sdtrain import lr_bounds
 from sdtrain.freeze_plan import ParameterGroup
+from sdtrain.launch import require_one_process
 from sdtrain.lr_bounds import Bounds, Ramp, too_few
 from sdtrain.probe import LossMatrix
 from sdtrain.probe_sets import num_images
@@ -93,6 +94,7 @@ def find_lr(
         UserError: the images do not fix a rate; says why. The plot and the record are written,
             but where there are too few images, which is said before anything is trained.
     """
+    require_one_process("lr-find", "Start it without one; its ramp is short.")
     planned = _planned(open_setup(recipe))  # the networks are let go again
     wanted = Range(
         planned.lr / BELOW if start is None else start,

@@ -20,7 +20,7 @@ from sdtrain.paired import compare
 from sdtrain.probe import PROBE_FILE, Probe
 from sdtrain.run_folder import RunFolder
 from sdtrain.stable_eval import NO_INTERVAL, verdict
-from sdtrain.trackers.jsonl import read_metrics
+from sdtrain.trackers.jsonl import has_stopped_early, last_error, read_metrics
 from sdtrain.wording import half, percent, sentence
 
 PAGE = "report.html"
@@ -51,6 +51,13 @@ def refresh(folder: RunFolder, *, is_last: bool = False) -> None:
         write_page(folder.path, is_running=not is_last)
     except Exception as error:  # hours of training weigh more than a page
         warn(f"the page {path} could not be drawn: {error!r}")
+
+
+def mend(folder: RunFolder) -> None:
+    """Renew the page of a finished run that was killed before it did so itself."""
+    path = folder.path / PAGE
+    if path.is_file() and _REFRESH in path.read_text(encoding="utf-8"):
+        refresh(folder, is_last=True)
 
 
 def write_page(run: Path, *, is_running: bool = False) -> Path:
@@ -99,7 +106,7 @@ def _page(folder: RunFolder, is_running: bool) -> str:
         page_samples.section(folder, metrics[-1]["samples_seen"] if metrics else 0),
         _variety([line for line in metrics if line["kind"] == "variety"]),
         _training(training, facts.get("plan", {}).get("lr", {})),
-        page_plan.section(folder, facts, training, sets, is_over=_stopped_early(metrics)),
+        page_plan.section(folder, facts, training, sets, is_over=has_stopped_early(metrics)),
         page_record.trained(facts),
         page_record.data_section(facts),
         page_record.details(folder, sets, facts),
@@ -124,7 +131,9 @@ def _header(name: str, facts: Line, metrics: Sequence[Line], is_running: bool) -
     total = facts.get("total_samples") or seen
     state = "in training" if is_running else "in progress, or stopped"
     state = "ended by an error" if _error(metrics) else state
-    state = "stopped early" if _stopped_early(metrics) else "finished" if seen >= total else state
+    state = (
+        "stopped early" if has_stopped_early(metrics) else "finished" if seen >= total else state
+    )
     words = [escape(str(facts[key])) for key in ("model", "adapter") if facts.get(key)]
     words += [f"{seen:,} of {total:,} samples ({state})", f"started {escape(_when(facts))}"]
     share = 100 * min(1.0, seen / total) if total else 0
@@ -132,15 +141,12 @@ def _header(name: str, facts: Line, metrics: Sequence[Line], is_running: bool) -
     return f"<header><h1>{name}</h1><p>{' · '.join(words)}</p>{bar}</header>"
 
 
-def _stopped_early(metrics: Sequence[Line]) -> bool:
-    return any(line.get("stopped_early") for line in metrics[-4:])
-
-
 def _error(metrics: Sequence[Line]) -> str:
     """What a run died of; nothing once it has gone on."""
-    if not metrics or metrics[-1]["kind"] != "error":
+    message = last_error(metrics)
+    if message is None:
         return ""
-    text = parts.typeset(metrics[-1]["message"])
+    text = parts.typeset(message)
     return f'<section class="verdict bad"><h2>Ended by an error</h2><p>{text}</p></section>'
 
 

@@ -6,6 +6,7 @@ Two numbers may be compared if, and only if, they come from the same probe.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -87,7 +88,7 @@ class Probe:
         place = folder / self.probe_id
         place.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        scratch = place / f"{PROBE_FILE}.new"
+        scratch = _own_scratch(place / PROBE_FILE)
         scratch.write_text(text + "\n", encoding="utf-8")
         scratch.replace(place / PROBE_FILE)
         return place
@@ -161,7 +162,7 @@ class LossMatrix:
 
     def save(self, path: Path, ids: Sequence[str]) -> None:
         """Write an `.npz`, all of it or nothing."""
-        scratch = path.with_suffix(".new.npz")
+        scratch = _own_scratch(path)
         np.savez(scratch, loss=self.loss, u=self.u, density=self.density, ids=np.array(ids))
         scratch.replace(path)
 
@@ -181,3 +182,8 @@ class LossMatrix:
             # What numpy says of any other file is advice to open it as a pickle.
             why = "no .npz archive" if isinstance(error, ValueError | EOFError) else error
             raise DataError(f"{path} is no loss matrix: {why}") from None
+
+
+def _own_scratch(path: Path) -> Path:
+    """Where this process writes a file first: two that validate at once write the same ones."""
+    return path.with_suffix(f".{os.getpid()}.new{path.suffix}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from sdprep.errors import DataError, UserError
 from sdprep.lock import WriterLock
+from sdtrain.outputs import require_folder, write_text_whole
 from sdtrain.recipe import TrainRecipe
 from sdtrain.toml_text import toml_text
 
@@ -21,6 +22,9 @@ PACKAGES = (
     *("sdprep-sdtrain", "torch", "diffusers", "transformers", "datasets", "accelerate", "peft"),
     *("safetensors", "tokenizers", "numpy", "pillow", "pyarrow", "pylance"),
 )
+
+
+LOCK = ".run.lock"  # whatever the folder is called: it may be reached by several names
 
 
 class RunFolder:
@@ -41,13 +45,14 @@ class RunFolder:
         """Refuse to write into a folder that holds something else.
 
         Raises:
-            UserError: it is there, is not empty, and no run wrote it.
+            UserError: it is there, is not empty, and no run wrote it; or nothing may be written.
         """
         if not self.recipe.is_file() and _visible(self.path):
             raise UserError(
                 f"output = {str(self.path)!r} exists and is no run folder",
                 "Give the run a folder of its own.",
             )
+        require_folder(self.path, "output =")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -60,17 +65,25 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(WriterLock(self.path / f".{self.path.name}.lock").hold())
+                stack.enter_context(self._lock().hold())
             except DataError as error:
-                what = error.message.removeprefix(f".{self.path.name} ")  # what the lock calls it
+                what = error.message.removeprefix(f"{Path(LOCK).stem} ")  # what the lock calls it
                 raise UserError(f"run folder {self.path} {what}", error.hint) from None
             yield
 
+    def _lock(self) -> WriterLock:
+        return WriterLock(self.path / LOCK)
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a process writes here, or was killed at it; asked without touching the lock."""
+        return self._lock().note.is_file()
+
     def describe(self, recipe: TrainRecipe, facts: dict[str, Any]) -> None:
         """Write the resolved recipe and the environment."""
-        _replace(self.recipe, toml_text(recipe.resolved()))
+        write_text_whole(self.recipe, toml_text(recipe.resolved()))
         text = json.dumps({**environment(), **facts}, indent=1, ensure_ascii=False)
-        _replace(self.environment, text + "\n")
+        write_text_whole(self.environment, text + "\n")
 
 
 def environment() -> dict[str, Any]:
@@ -101,9 +114,3 @@ def _visible(path: Path) -> list[str]:
     if not path.is_dir():
         return [path.name]
     return [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdprep.errors import UserError
 from sdtrain import contact_sheet
+from sdtrain.outputs import write_text_whole
 
 PROMPTS_FILE = "prompts.json"
 SHEET, GRID = "all.png", "grid.png"
@@ -50,7 +51,7 @@ def save_pictures(
         for name, (prompt, seed) in zip(names, keys, strict=True)
     ]
     text = json.dumps(entries, indent=1, ensure_ascii=False)
-    (place / PROMPTS_FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
+    write_text_whole(place / PROMPTS_FILE, text + "\n")
     return names
 
 

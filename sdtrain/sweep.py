@@ -18,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from sdprep.console import progress, say, warn
 from sdprep.errors import DataError, RecipeError, UserError
 from sdprep.seeding import digest
 from sdtrain.compare import Pair, compare_measured
-from sdtrain.launch import PARENT_PIPE
+from sdtrain.launch import PARENT_PIPE, require_one_process
 from sdtrain.matrices import Measured, find
 from sdtrain.outputs import require_folder
 from sdtrain.recipe import TrainRecipe, load_train_recipe
@@ -100,7 +101,7 @@ def plan_cells(
         chosen = dict(zip(axes, values, strict=True))
         name = "_".join(f"{key.rpartition('.')[2]}={_word(value)}" for key, value in chosen.items())
         own = [f"{key}={value}" for key, value in chosen.items()]
-        whole = (*settings, *own, f"output={json.dumps(str(folder / name))}")
+        whole = (*settings, *own, f"output={_toml(str(folder / name))}")
         recipe = load_train_recipe(path, whole)
         resolved = json.dumps(recipe.resolved(), sort_keys=True, default=str)
         cells.append(Cell(name, whole, recipe, digest("sweep cell", resolved)))
@@ -144,6 +145,27 @@ def _sweep_folder(path: Path, settings: Sequence[str]) -> Path:
 # --- running -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Running:
+    """A cell that is being run.
+
+    Args:
+        cell: which.
+        process: its own.
+        printed: what it prints on stdout; a file of nobody else, such as a second sweep.
+    """
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    printed: IO[bytes]
+
+    def printed_text(self) -> str:
+        """All of it, once; the file is gone afterwards."""
+        with self.printed as file:
+            file.seek(0)
+            return file.read().decode("utf-8")
+
+
 def run_cells(path: Path, cells: Sequence[Cell], gpus: int) -> dict[str, str]:
     """Run what has not finished.
 
@@ -156,11 +178,13 @@ def run_cells(path: Path, cells: Sequence[Cell], gpus: int) -> dict[str, str]:
         why cells failed, by name.
 
     Raises:
-        UserError: interrupted; the runs have saved and can go on.
+        UserError: a launcher started several sweeps, or it was interrupted; the runs have then
+            saved and can go on.
     """
+    require_one_process("sweep", "Start it without one; --gpus N makes N runs at a time.")
     waiting = [cell for cell in cells if cell.outcome is None]
     say(f"{len(cells)} runs, {len(cells) - len(waiting)} of them done before")
-    running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}
+    running: dict[int, Running] = {}
     failed: dict[str, str] = {}
     asked: set[int] = set()  # of the processes that were told to stop
     with progress("runs", len(waiting), "runs") as bar, StopRequest("the runs save first") as stop:
@@ -169,22 +193,22 @@ def run_cells(path: Path, cells: Sequence[Cell], gpus: int) -> dict[str, str]:
                 for slot in range(gpus):
                     if slot not in running and waiting and not stop.is_set:
                         cell = waiting.pop(0)
-                        running[slot] = (cell, _start(path, cell, slot if gpus > 1 else None))
-                for slot, (cell, process) in list(running.items()):
-                    if process.poll() is not None:
+                        running[slot] = _start(path, cell, slot if gpus > 1 else None)
+                for slot, each in list(running.items()):
+                    if each.process.poll() is not None:
                         del running[slot]
                         bar.advance(1)
-                        reason = _finish(cell, process.returncode)
+                        reason = _finish(each)
                         if reason is not None:
-                            failed[cell.name] = reason
-                    elif stop.is_set and process.pid not in asked:
-                        asked.add(process.pid)
-                        _ask_to_stop(process)
+                            failed[each.cell.name] = reason
+                    elif stop.is_set and each.process.pid not in asked:
+                        asked.add(each.process.pid)
+                        _ask_to_stop(each.process)
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:  # asked twice
-            for _, process in running.values():
-                process.kill()
-                process.wait()
+            for each in running.values():
+                each.process.kill()
+                each.process.wait()
     if stop.is_set:
         raise UserError("the sweep was stopped", "Run the same command to go on.")
     return failed
@@ -195,41 +219,43 @@ def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
 
 
-def _start(path: Path, cell: Cell, gpu: int | None) -> subprocess.Popen[bytes]:
+def _start(path: Path, cell: Cell, gpu: int | None) -> Running:
     """One run in a process of its own: what it leaves in memory or breaks is no other's."""
     say(f"run {cell.name}")
     cell.output.mkdir(parents=True, exist_ok=True)
-    settings = [part for text in cell.settings for part in ("--set", text)]
-    command = [sys.executable, "-m", "sdtrain.cli", "run", str(path), "--json", "--no-model"]
     environment = {**os.environ, PARENT_PIPE: "1"}  # it ends when this process is gone
     if gpu is not None:
         visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible[0] else str(gpu)
-    with (cell.output / f".{LOG}").open("ab") as log, _result_file(cell).open("wb") as result:
+    printed = TemporaryFile()  # noqa: SIM115 - read when the run has ended
+    with (cell.output / f".{LOG}").open("ab") as log:
         # A group of its own: Ctrl-C reaches this process only, which passes it on once.
-        return subprocess.Popen(
-            [*command, *settings],
+        process = subprocess.Popen(
+            _command(path, cell),
             stdin=subprocess.PIPE,
-            stdout=result,
+            stdout=printed,
             stderr=log,
             env=environment,
             start_new_session=os.name != "nt",
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
+    return Running(cell, process, printed)
 
 
-def _result_file(cell: Cell) -> Path:
-    return cell.output / f".{OUTCOME}.new"
+def _command(path: Path, cell: Cell) -> list[str]:
+    settings = [part for text in cell.settings for part in ("--set", text)]
+    run = [sys.executable, "-m", "sdtrain.cli", "run", str(path), "--json", "--no-model"]
+    return [*run, *settings]
 
 
-def _finish(cell: Cell, status: int) -> str | None:
+def _finish(running: Running) -> str | None:
     """Keep what a run printed; why it has not finished, or None."""
+    cell, status = running.cell, running.process.returncode
     log = cell.output / f".{LOG}"
     try:
-        outcome = json.loads(_result_file(cell).read_text(encoding="utf-8"))
+        outcome = json.loads(running.printed_text())
     except ValueError:
         outcome = None
-    _result_file(cell).unlink(missing_ok=True)
     if status or outcome is None:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = next((line for line in reversed(lines) if line.startswith("error")), None)

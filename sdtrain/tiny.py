@@ -7,6 +7,7 @@ from typing import Any
 
 from sdprep.errors import UserError
 from sdprep.plugins import config_for
+from sdtrain.outputs import is_taken, written_whole
 
 
 def write_tiny(family: str, path: Path, seed: int = 0) -> Path:
@@ -28,7 +29,8 @@ def write_tiny(family: str, path: Path, seed: int = 0) -> Path:
     config: Any = config_for("family", family)
     if not hasattr(config, "write_tiny"):
         raise UserError(f"family {family} has no tiny form")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if is_taken(path):
         raise UserError(f"{path} is there already and not empty", "Give another folder.")
-    config.write_tiny(path, seed)
+    with written_whole(path) as scratch:
+        config.write_tiny(scratch, seed)
     return path

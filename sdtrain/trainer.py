@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -94,8 +95,9 @@ def train(
         world.on_main(lambda: stack.enter_context(folder.writing()))
         stop = stack.enter_context(StopRequest())
         run = begin(setup, folder, resume=resume, accept=accept)
+        was_finished = run.is_finished
         with explained(run):
-            if not run.is_finished:
+            if not was_finished:
                 world.on_main(lambda: folder.describe(recipe, facts(setup)))
                 with ExitStack() as open_files:  # closing writes, too
                     trackers: list[Any] = []  # only the main process has any
@@ -108,7 +110,8 @@ def train(
                     open_files.callback(setup.encoder.flush)
                     with noted(trackers, run):
                         fit(run, trackers, stop)
-                world.on_main(lambda: page.refresh(folder, is_last=True))
+            renew = page.mend if was_finished else partial(page.refresh, is_last=True)
+            world.on_main(lambda: renew(folder))
             if run.cut_text.prompts:
                 say(run.cut_text.sentence(run.samples_seen))
             if run.masked_out:

@@ -323,6 +323,7 @@ def what_failed(error: Exception) -> str:
         with suppress(RuntimeError):  # the store may be gone, too
             if _stores[-1].check([WHY_KEY]):
                 return str(_stores[-1].get(WHY_KEY).decode())
+        return f"another process ended without a word, or is out of reach: {_first_line(error)}"
     return error.message if isinstance(error, UserError) else repr(error)
 
 

@@ -293,6 +293,24 @@ def test_a_table_whose_files_are_damaged_is_named(tmp_path: Path, at: int | None
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
+def test_a_full_disk_of_a_cache_is_said_to_be_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_begun: bool
+) -> None:
+    import lance
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError("LanceError(IO): No space left on device (os error 28), commit.rs:1663")
+
+    store = EntryStore(tmp_path / "latents.lance")
+    entry = pack(b"a" * 16, "x", "fp32", {"mean": torch.ones(2)})
+    if is_begun:
+        store.append([entry])
+    monkeypatch.setattr(lance, "write_dataset", full)
+    with pytest.raises(UserError, match=r"disk of the cache \S+latents\.lance is full: .*No space"):
+        store.append([entry])
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
 def test_many_writers_may_fill_one_cache_at_once(tmp_path: Path, is_begun: bool) -> None:
     path = tmp_path / "a folder, größer" / "latents.lance"
     if is_begun:  # what is there before the first version, or after a kill at that moment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,39 @@ def test_what_a_kill_left_is_cleared_or_mended(tmp_path: Path) -> None:
     (tmp_path / "16").rename(tmp_path / ".replaced-16")  # killed between two renames
     checkpoint.clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["16", "8"]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.write(tmp_path, snapshot(8), keep=1)
+
+    def killed_at(path: Path, **options: Any) -> None:
+        (path / "trained.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed_at)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.write(tmp_path, snapshot(16), keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["16"]
+    checkpoint.clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["16"]
+
+
+def test_one_that_its_run_removed_meanwhile_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (checkpoint.write(tmp_path, snapshot(n), keep=2) for n in (8, 16))
+    shutil.rmtree(second)
+    with pytest.raises(DataError, match=r"16 is no checkpoint: it is not there, or not any more"):
+        checkpoint.read_trained(second)
+    monkeypatch.setattr(checkpoint, "why_changed", lambda file, _: shutil.rmtree(file.parent))
+    with pytest.raises(
+        DataError, match=r"8 is no checkpoint: it is not there, or not any more"
+    ) as caught:
+        checkpoint.read_trained(first)
+    assert "start anew" not in caught.value.hint
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

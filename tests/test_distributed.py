@@ -26,7 +26,7 @@ from sdtrain.recipe import load_train_recipe
 from sdtrain.setup import open_setup
 from sdtrain.stopping import StopRequest
 from sdtrain.trackers.jsonl import read_metrics
-from sdtrain.world import ALONE, World, _announced
+from sdtrain.world import ALONE, World, _announced, what_failed
 from tests import mini_family
 from tests.train_data import SIZES, prepared_row, write_prepared, write_recipe
 
@@ -465,3 +465,20 @@ def test_a_picture_that_one_process_cannot_read_is_said_once_and_written_down(
     assert "leaked" not in done.stderr
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert f"({last})" in line["message"]
+
+
+@pytest.mark.parametrize("why", ["disk full", ""])
+def test_a_process_that_lost_another_says_what_that_one_said_or_that_it_said_nothing(
+    monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    class Store:
+        def check(self, keys: list[str]) -> bool:
+            return bool(why)
+
+        def get(self, key: str) -> bytes:
+            return why.encode()
+
+    monkeypatch.setattr("sdtrain.world._stores", [Store()])
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert what_failed(lost).startswith(why or "another process ended without a word")
+    assert what_failed(UserError("mine")) == "mine"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from sdprep.errors import UserError
 from sdtrain import checkpoint, trainer, update
+from sdtrain.course import Course, look_back
 from sdtrain.recipe import load_train_recipe
 from sdtrain.run_folder import RunFolder
 from sdtrain.trackers.jsonl import JsonlTracker
@@ -197,6 +199,38 @@ def test_a_full_disk_at_the_very_end(
     assert train().model == str(tmp_path / "run" / "model")
 
 
+def test_a_kill_after_the_last_checkpoint_changes_neither_model_nor_page(
+    train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The evaluations end the run at its very last step, and the best checkpoint is an earlier."""
+
+    def stopped(*arguments: Any) -> Course:
+        found = look_back(*arguments)
+        return replace(found, stop="overfitting") if 16 in arguments[0][0].history else found
+
+    def best_is_8(checkpoints: Path, verdict: Any) -> None:
+        (checkpoints / "best").write_text('{"checkpoint": "8"}', encoding="utf-8")
+
+    monkeypatch.setattr(trainer, "look_back", stopped)
+    monkeypatch.setattr(trainer, "point_to_best", best_is_8)
+    judged = ("validation.images=3", "validation.every_samples=8")
+    whole, killed = tmp_path / "whole", tmp_path / "run"
+    train("output=" + whole.as_posix(), *judged)
+    with monkeypatch.context() as patch:
+        last = after(3, KeyboardInterrupt(), trainer.page.refresh)
+        patch.setattr(trainer.page, "refresh", last)
+        with pytest.raises(KeyboardInterrupt):
+            train(*judged)
+    assert (killed / "checkpoints" / "16").is_dir()
+    assert 'http-equiv="refresh"' in (killed / "report.html").read_text(encoding="utf-8")
+    train(*judged)
+    assert 'http-equiv="refresh"' not in (killed / "report.html").read_text(encoding="utf-8")
+    ours, its = whole / "model", killed / "model"
+    names = [str(each.relative_to(ours)) for each in ours.rglob("*.safetensors")]
+    assert names
+    assert all((ours / name).read_bytes() == (its / name).read_bytes() for name in names)
+
+
 def test_a_second_writer_is_told_which_folder_and_who(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "two.b")
     with (
@@ -205,6 +239,17 @@ def test_a_second_writer_is_told_which_folder_and_who(tmp_path: Path) -> None:
         RunFolder(folder.path).writing(),
     ):
         pass
+
+
+def test_a_second_writer_by_another_name_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.writing():
+        (tmp_path / "newest").symlink_to(folder.path, target_is_directory=True)
+        other = RunFolder(tmp_path / "newest")
+        with pytest.raises(UserError, match="is being written by"), other.writing():
+            pass
+        assert other.is_claimed
+    assert not folder.is_claimed
 
 
 def test_an_interrupted_step_is_replayed_whole(

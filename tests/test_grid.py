@@ -23,7 +23,9 @@ from sdtrain.contact_sheet import grid as picture_grid
 from sdtrain.follow import Follower, follow
 from sdtrain.grid import Axes, Row, draw_grid, write_grid
 from sdtrain.in_turn import InTurn, candidates
+from sdtrain.run_folder import RunFolder
 from sdtrain.sampling import Style, load_checkpoint, pictures_of
+from sdtrain.trackers.jsonl import read_metrics
 from tests.tiny import load_tiny
 
 AXES = Axes(["red car", ""], seeds=(1, 2), num_inference_steps=2)
@@ -272,6 +274,45 @@ def test_a_damaged_checkpoint_is_told_once_and_a_fresh_one_of_that_clock_is_draw
     state = run / "checkpoints" / "8" / "state.json"
     state.write_text(state.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert follower.look(lambda: False) == ["8"]
+
+
+def test_a_checkpoint_that_is_half_removed_is_left_out_with_a_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints" / "8" / "state.json").unlink()
+    follower = Follower(run, SHORT, tmp_path / "out")
+    assert follower.look(lambda: False) == ["base", "12"]
+    assert "checkpoint 8 is left out (it was removed meanwhile)" in capsys.readouterr().err
+
+
+def test_following_goes_on_after_a_kill_between_a_row_and_its_place(
+    run: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "out" / "rows"
+    assert Follower(run, SHORT, tmp_path / "out").look(lambda: False) == ["base", "8", "12"]
+    (rows / "8").rename(rows / ".8.new")
+    shutil.rmtree(run / "checkpoints" / "8")  # which nobody can draw again
+    again = Follower(run, SHORT, tmp_path / "out")
+    assert again.look(lambda: False) == []
+    assert [row.label for row in again.rows()] == ["base", "a run @ 12"]
+
+
+def test_following_ends_when_the_run_died_of_an_error_and_not_when_it_goes_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / "checkpoints" / "12")
+    kept = [line for line in read_metrics(run / "metrics.jsonl") if line["samples_seen"] <= 8]
+    error = {"kind": "error", "samples_seen": 8, "message": "the loss is no number"}
+    text = "".join(json.dumps(line) + "\n" for line in [*kept, error])
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    follower = Follower(run, SHORT, tmp_path / "out")
+    with RunFolder(run).writing():
+        assert follower.error is None  # it is going on, and has not come to its first step
+    monkeypatch.setattr("sdtrain.follow.time.sleep", lambda _: pytest.fail("it waits for more"))
+    found = follow(follower, 1000)
+    assert found["rows"] == ["base", "a run @ 8"]
+    assert (found["run_is_finished"], found["run_error"]) == (False, "the loss is no number")
+    assert "ended by an error: the loss is no number" in " ".join(capsys.readouterr().err.split())
 
 
 def test_other_columns_are_drawn_anew_and_a_stop_ends_after_a_row(

@@ -21,6 +21,7 @@ from sdtrain.page_parts import typeset
 from sdtrain.page_plan import duration
 from sdtrain.recipe import load_train_recipe
 from sdtrain.run_folder import RunFolder
+from sdtrain.trackers.jsonl import has_stopped_early
 from sdtrain.trainer import train
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -126,6 +127,16 @@ def test_plan_and_reality_stand_side_by_side(run: Path) -> None:
     assert duration(20) == "20 s"
     assert duration(3 * 3600 + 300) == "3 h 05 min"
     assert duration(86400 * 3.5) == "3.5 days"
+
+
+def test_a_run_that_went_on_after_an_early_stop_has_not_stopped_early() -> None:
+    stopped = {"kind": "verdict", "samples_seen": 8, "stopped_early": "overfitting"}
+    ended = {"kind": "verdict", "samples_seen": 12, "stopped_early": None}
+    step, pictures = {"kind": "train", "samples_seen": 12}, {"kind": "variety", "samples_seen": 8}
+    assert not has_stopped_early([])
+    assert has_stopped_early([step, stopped, pictures])
+    assert not has_stopped_early([step, stopped, step, ended])
+    assert not has_stopped_early([stopped, step, step, step, step])
 
 
 def test_a_run_that_stopped_early_has_no_time_left(run: Path) -> None:

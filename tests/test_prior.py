@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdprep.errors import DataError, RecipeError
+from sdprep.errors import DataError, RecipeError, UserError
 from sdtrain.cache.census import census
 from sdtrain.cache.fill import fill
 from sdtrain.cache.store import EntryStore
@@ -169,6 +169,15 @@ def test_the_cache_is_filled_for_the_prior_too(
     for micro in again.micro_batches():
         again.encoder.encoded(again.reader(stored=True).batch(micro.slots, micro.u))
     assert verify(setup)["latents"]["encoded_again"] == 16
+
+
+def test_texts_of_the_prior_that_cannot_be_kept_are_told_from_ones_own(
+    train_recipe: Recipe, class_images: Path
+) -> None:
+    settings = ("cache.text=true", "cache.latents=false", "prompt.score.position=none")
+    with pytest.raises(UserError, match=r"policy of \[prior\], which prior\.caption would end"):
+        opened(train_recipe(), class_images, *settings)
+    opened(train_recipe(), class_images, *settings, "prior.caption='a dog'")
 
 
 def test_bare_pictures_with_one_caption_will_do(

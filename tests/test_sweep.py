@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from sdprep.errors import RecipeError
+from sdprep.errors import RecipeError, UserError
+from sdtrain import sweep as sweeping
+from sdtrain.cli import app
 from sdtrain.sweep import OUTCOME, compare_cells, plan_cells, report
 from tests.test_compare import written
 
@@ -30,6 +33,14 @@ def test_every_combination_is_a_recipe_of_its_own(train_recipe: Callable[..., Pa
     assert [cell.recipe.adapter.type for cell in cells] == ["full", "lora"] * 2
     assert [cell.output for cell in cells] == [path.parent / "run-sweep" / c.name for c in cells]
     assert len({cell.key for cell in cells}) == 4
+
+
+@pytest.mark.parametrize("name", ["an ü", "\N{SNOWMAN}\N{GRINNING FACE}", "a\"b'c", "a\\b"])
+def test_the_folder_of_a_sweep_may_have_any_name(
+    train_recipe: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    (cell,) = plan_cells(train_recipe(), [], [f"{RATE}=1e-4"], tmp_path / name)
+    assert cell.output == tmp_path / name / "lr=0.0001"
 
 
 def test_values_may_be_tables_and_lists_of_any_length(train_recipe: Callable[..., Path]) -> None:
@@ -97,6 +108,38 @@ def test_runs_that_differ_in_nothing_are_told(
     assert found["lowest"] == "lr=0.0001"
     assert "lr=0.001 ended with the very losses of lr=0.0001" in said
     assert "lr=0.01 ended" not in said
+
+
+def test_two_sweeps_in_one_folder_do_not_take_each_others_results(
+    train_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each run prints is kept for the sweep that started it."""
+    path = train_recipe()
+    (cell,) = plan_cells(path, [], [f"{RATE}=1e-4"], None)
+    program = "import json; print(json.dumps({'is_finished': True, 'samples_seen': 1}))"
+    monkeypatch.setattr(sweeping, "_command", lambda *_: [sys.executable, "-c", program])
+    first, second = sweeping._start(path, cell, None), sweeping._start(path, cell, None)
+    for each in (second, first):
+        each.process.wait()
+        assert sweeping._finish(each) is None
+    assert cell.outcome == {"is_finished": True, "samples_seen": 1}
+
+
+@pytest.mark.parametrize(
+    ("command", "more"), [("sweep", ("--over", "train.lr=1e-4,1e-3")), ("lr-find", ())]
+)
+def test_a_launcher_may_not_start_several(
+    command: str,
+    more: tuple[str, ...],
+    train_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(app, [command, str(train_recipe()), *more])
+    assert isinstance(result.exception, UserError)
+    assert f"sdtrain {command} is one process" in result.exception.message
+    assert "started 2 of them" in result.exception.message
 
 
 def sweep(path: Path, *more: str) -> tuple[int, Any, str]:

@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sdprep.errors import DataError, UserError
 from sdtrain.matrices import find
+from sdtrain.probe import LossMatrix
 from sdtrain.recipe import load_train_recipe
 from sdtrain.setup import open_setup
 from sdtrain.trackers.jsonl import read_metrics
@@ -156,3 +158,23 @@ def test_the_base_model_is_put_back_after_each_checkpoint(evaluated_run: Path) -
     with loaded(setup, evaluated_run / "checkpoints" / "12"):
         assert any(not torch.equal(p, before[path]) for path, p in setup.plan.trained().items())
     assert all(torch.equal(p, before[path]) for path, p in setup.plan.trained().items())
+
+
+def test_two_that_write_the_same_matrix_at_once_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two that validate other checkpoints do with that of the base model."""
+    processes = iter((1, 2))
+    monkeypatch.setattr("sdtrain.probe.os.getpid", lambda: next(processes))
+    matrices = [LossMatrix(np.full((2, 3), n), np.ones((2, 3)), np.ones((2, 3))) for n in (1, 2)]
+    real, path = np.savez, tmp_path / "base.npz"
+
+    def savez(scratch: Path, **arrays: np.ndarray) -> None:
+        real(scratch, **arrays)
+        if len(matrices) == 2:
+            matrices.pop().save(path, ["a", "b"])  # before the first has its name
+
+    monkeypatch.setattr(np, "savez", savez)
+    matrices[0].save(path, ["a", "b"])
+    assert LossMatrix.load(path).loss.tolist() == matrices[0].loss.tolist()
+    assert [each.name for each in tmp_path.iterdir()] == ["base.npz"]

@@ -100,11 +100,13 @@ def training_rules(setup: Setup) -> list[str]:
 
 def _texts_never_repeat(setup: Setup) -> str:
     """Which row shows that nearly every visit draws a new text; empty where texts repeat."""
-    seed, sources = setup.recipe.seed, [(setup.data.train, setup.train.kept, setup.data.policy)]
+    seed, data = setup.recipe.seed, setup.data
+    sources = [("the prompt policy", data.train, setup.train.kept, data.policy)]
     if setup.prior is not None:
         prior = setup.prior
-        sources.append((prior.texts, prior.assignment.kept, prior.data.policy))
-    for rows, kept, policy in sources:
+        whose = "the policy of [prior], which prior.caption would end and [prompt] does not touch,"
+        sources.append((whose, prior.texts, prior.assignment.kept, prior.data.policy))
+    for whose, rows, kept, policy in sources:
         for record in rows.records(kept[:_LOOKED_AT_ROWS].tolist()):
             texts = {
                 render_prompt(record, policy, seed, visit).text
@@ -112,7 +114,7 @@ def _texts_never_repeat(setup: Setup) -> str:
             }
             if len(texts) > _FEW_TEXTS:
                 return (
-                    f"the prompt policy draws new texts: image {record['id']} gets {len(texts)} "
+                    f"{whose} draws new texts: image {record['id']} gets {len(texts)} "
                     f"different ones in {_LOOKED_AT_VISITS} visits"
                 )
     return ""

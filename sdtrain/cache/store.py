@@ -119,13 +119,29 @@ class EntryStore:
         return found
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Add a block in one commit; others may append at the same time."""
-        import lance
+        """Add a block in one commit; others may append at the same time.
 
+        Raises:
+            UserError: there is no room for it.
+        """
         columns = {name: [getattr(entry, name) for entry in entries] for name in SCHEMA.names}
         block = pa.table(columns, schema=SCHEMA)
-        if not self._exists():
-            self._create()
+        try:
+            if not self._exists():
+                self._create()
+            self._append(block)
+        except _LANCE_ERRORS as error:
+            if not is_full(error):
+                raise
+            raise UserError(
+                f"the disk of the cache {self.path} is full: {error}",
+                "Free some space there, or name another folder in cache.path; then run the same "
+                "command again.",
+            ) from error
+
+    def _append(self, block: pa.Table) -> None:
+        import lance
+
         for pause in _pauses():
             try:
                 lance.write_dataset(block, str(self.path), mode="append")

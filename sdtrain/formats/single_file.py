@@ -19,6 +19,7 @@ from sdtrain.formats.modelspec import HASH, write_hash
 from sdtrain.formats.schedulers import FLOW_SHIFT, flow_scheduler
 from sdtrain.formats.spelling import pieces, plain_key
 from sdtrain.formats.tensor_files import read_tensors, save_tensors
+from sdtrain.outputs import written_whole
 from sdtrain.paths import canonical_path, is_adapter
 
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
@@ -115,11 +116,10 @@ def write_single_file(
     """
     made = {key: cast(key, tensor, dtype) for key, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    save_tensors(scratch, made, metadata)
-    if HASH in metadata:
-        write_hash(scratch)
-    scratch.replace(path)
+    with written_whole(path) as scratch:
+        save_tensors(scratch, made, metadata)
+        if HASH in metadata:
+            write_hash(scratch)
     return path
 
 

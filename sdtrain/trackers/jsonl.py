@@ -55,6 +55,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [_line(path, at, text) for at, text in enumerate(whole, start=1) if text.strip()]
 
 
+def last_error(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """What a run died of, by its metrics; None once it has gone on."""
+    return str(lines[-1]["message"]) if lines and lines[-1]["kind"] == "error" else None
+
+
+def has_stopped_early(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the evaluations of a run ended it, by its metrics; no more once it has gone on."""
+    verdicts = [line for line in lines[-4:] if line["kind"] == "verdict"]  # pictures come later
+    return bool(verdicts) and bool(verdicts[-1].get("stopped_early"))
+
+
 def _line(path: Path, at: int, text: str) -> dict[str, Any]:
     try:
         line = json.loads(text)

@@ -34,8 +34,10 @@ class PaceTracker:
             "seconds": round(self._written, 3),
             "samples_seen": self._clock,
         }
-        with self._path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(line) + "\n")
+        with self._path.open("ab") as file:
+            # A line that a full disk or a kill cut off is no part of the next one.
+            file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
+            file.write(f"{json.dumps(line)}\n".encode())
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Note the clock."""

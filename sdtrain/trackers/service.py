@@ -19,6 +19,7 @@ import numpy as np
 
 from sdprep.console import warn
 from sdprep.errors import UserError
+from sdtrain.outputs import write_text_whole
 from sdtrain.trackers.curves import bins, curves
 from sdtrain.tracking import DEFAULT_PROJECT
 
@@ -63,7 +64,7 @@ class ServiceTracker:
             ) from error
         run: Any = self._tracker.tracker
         known[service] = str(run.id if service == "wandb" else run.name)
-        file.write_text(json.dumps(known) + "\n", encoding="utf-8", newline="\n")
+        write_text_whole(file, json.dumps(known) + "\n")
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send one metrics line."""
