@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,10 @@ SHARED_WITH_TRAINER = {
     *("masks", "hub_access", "card_text"),
     *("contrastive", "model_files"),  # CLIP and SigLIP: both programs look at pictures with them
 }
-HEAVY = ("torch", "datasets", "lance", "transformers", "diffusers", "matplotlib", "scipy")
+HEAVY = (
+    *("torch", "datasets", "lance", "transformers", "diffusers", "matplotlib", "scipy"),
+    *("numpy", "pyarrow", "pydantic"),
+)
 
 
 def modules(program: str) -> list[Path]:
@@ -144,16 +146,18 @@ def test_help_is_quick_and_imports_nothing_heavy(program: str) -> None:
     )
     environment = {**os.environ, "TERM": "dumb"}
     seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
+    for _ in range(2):  # the first may have to compile
+        before = os.times()
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env=environment
         )
-        seconds.append(time.perf_counter() - started)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
         assert "heavy: []" in done.stderr, done.stderr
         assert "Usage" in done.stdout
-    # Half a second is the promise; a busy machine must not fail the test for it.
-    print(f"{program} --help: {min(seconds):.2f} s")
+    # Half a second is the promise. The processor's time is measured, since a busy machine, on which
+    # all takes longer, must not fail the test.
+    assert min(seconds) < 1.0
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
