@@ -29,7 +29,7 @@ SHARED_WITH_TRAINER = {
         "prompt_record",
         "prompt_explained",
     ),
-    *("masks", "hub_access", "card_text"),
+    *("masks", "hub_access", "card_text", "lance_folder"),
     *("contrastive", "model_files"),  # CLIP and SigLIP: both programs look at pictures with them
 }
 HEAVY = (
