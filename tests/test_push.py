@@ -86,7 +86,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 def environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
     own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
-    kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HF_HUB_OFFLINE", "HF_DATASETS_CACHE")
+    }
     return kept | own | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
