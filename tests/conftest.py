@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for forces_colour in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # also where nobody looks
+    os.environ.pop(forces_colour, None)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers are given the environment of this process
     # What the tests cache goes with them; the home folder is not theirs, and may be read-only.
     caches = tempfile.TemporaryDirectory(prefix="sdtrain-tests-")
