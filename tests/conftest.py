@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["COLUMNS"] = "80"  # how wide the terminal happens to be
 for forces_colour in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # also where nobody looks
     os.environ.pop(forces_colour, None)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers are given the environment of this process
