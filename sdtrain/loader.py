@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -248,7 +249,9 @@ def load(
         multiprocessing_context="spawn" if workers else None,
         generator=torch.Generator(),  # else it would advance the ambient one
     )
-    for loaded in loader:
+    with _born_deaf():
+        coming = iter(loader)
+    for loaded in coming:
         if isinstance(loaded, Failure):
             raise DataError(loaded.message, loaded.hint)
         yield loaded
@@ -256,6 +259,22 @@ def load(
 
 def _as_it_is(loaded: Any) -> Any:
     return loaded
+
+
+@contextmanager
+def _born_deaf() -> Iterator[None]:
+    """What begins here is not ended by a signal to stop before it has learned to ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing.resource_tracker import ensure_running
+
+    ensure_running()  # it would lift the block when it is begun by the first worker
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,19 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["COLUMNS"] = "80"  # how wide the terminal happens to be
+for forces_colour in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # also where nobody looks
+    os.environ.pop(forces_colour, None)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers are given the environment of this process
+    # What the tests cache goes with them; the home folder is not theirs, and may be read-only.
+    caches = tempfile.TemporaryDirectory(prefix="sdtrain-tests-")
+    os.environ["HF_DATASETS_CACHE"] = caches.name
 
-# A busy machine must not fail a test for being slow.
-settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine must not fail a test for being slow, nor a new example for what nobody touched:
+# examples are drawn from a key, the test's own code.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("tests")
 
 MOST_WORKERS = 8  # each loads torch, about 1 GB

@@ -276,7 +276,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     with hub.lock:
                         hub.bytes_received += len(block)
                 hub.moment()
-                if hub.cut(path, received):
+                with hub.lock:  # what is told to cut so often may count
+                    is_cut = hub.cut(path, received)
+                if is_cut:
                     return None
             return b"".join(blocks)
 

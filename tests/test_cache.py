@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,10 @@ def test_verify_names_an_entry_that_is_another_picture_and_training_one_of_anoth
 
 
 @pytest.mark.parametrize("at", [None, -20, -200])
-def test_a_table_whose_files_are_damaged_is_named(tmp_path: Path, at: int | None) -> None:
+def test_a_table_whose_files_are_damaged_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int | None
+) -> None:
+    monkeypatch.setattr("sdtrain.cache.store._FIRST_PAUSE_SECONDS", 0.001)
     entries = [
         pack(bytes([n]) * 16, f"image {n}", "fp16", {"mean": torch.ones(4, 16, 16).half()})
         for n in range(8)
@@ -356,11 +360,17 @@ def test_blocks_are_joined_and_dropped_while_others_append(
 def test_a_scan_says_that_another_process_joined_the_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdtrain.cache.store._MANY_FRAGMENTS", 3)
+    import lance
+
     store = EntryStore(tmp_path / "latents.lance")
-    for number in range(300):
-        entry = pack(bytes([number % 256]) * 16, "x", "fp16", {"mean": torch.zeros(3).half()})
-        store.append([entry])
+    in_small_files = partial(lance.write_dataset, max_rows_per_file=1)
+    monkeypatch.setattr(lance, "write_dataset", in_small_files)
+    store.append(  # more than are read ahead
+        [
+            pack(bytes([n % 256]) * 16, "x", "fp16", {"mean": torch.zeros(3).half()})
+            for n in range(500)
+        ]
+    )
     entries = EntryStore(store.path).scan(rows_at_once=1)
     next(entries)
     store.tidy()

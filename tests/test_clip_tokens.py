@@ -27,10 +27,13 @@ def test_the_known_sentence():
 
 def test_counts_equal_transformers_on_real_texts(shared_data, expected):
     folder = shared_data("texts")
-    texts = [json.loads(line)["prompt"] for line in (folder / "diffusiondb_prompts.jsonl").open()]
-    for line in (folder / "iiw_long_captions.jsonl").open():
+    texts = [
+        json.loads(line)["prompt"]
+        for line in (folder / "diffusiondb_prompts.jsonl").open(encoding="utf-8")
+    ]
+    for line in (folder / "iiw_long_captions.jsonl").open(encoding="utf-8"):
         texts += [value for value in json.loads(line).values() if isinstance(value, str)]
-    for line in (folder / "coco_captions.jsonl").open():
+    for line in (folder / "coco_captions.jsonl").open(encoding="utf-8"):
         texts += json.loads(line)["captions"][:2]
     assert len(texts) > 9000
     wrong = [text for text in texts if count_tokens(text) != expected(text)]

@@ -103,7 +103,7 @@ def launched(root: Path, world: int, jobs: Sequence[dict[str, Any]]) -> None:
             subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         )
     try:
-        said = [worker.communicate(timeout=300)[1].decode() for worker in workers]
+        said = [worker.communicate(timeout=600)[1].decode() for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -407,7 +407,7 @@ def test_the_command_line_stops_and_goes_on_with_another_number(
     train_recipe: Any, tmp_path: Path
 ) -> None:
     path = train_recipe()
-    settings = ["data.resolution_px=32", "train.samples=22", "adapter.type=lora", "adapter.rank=2"]
+    settings = ["data.resolution_px=32", "train.samples=62", "adapter.type=lora", "adapter.rank=2"]
     words = [word for setting in settings for word in ("--set", setting)]
     whole = trainer.train(load_train_recipe(path, [*settings, f"output={tmp_path / 'whole'}"]))
     assert whole.checkpoint is not None
@@ -418,11 +418,11 @@ def test_the_command_line_stops_and_goes_on_with_another_number(
     )
     wait_for(tmp_path / "run" / "metrics.jsonl", 1, both)
     both.send_signal(signal.SIGTERM)
-    out, err = both.communicate(timeout=120)
+    out, err = both.communicate(timeout=300)
     assert both.returncode == 0, err.decode()
     stopped = json.loads(out)
     assert not stopped["is_finished"]
-    assert 0 < stopped["samples_seen"] < 22
+    assert 0 < stopped["samples_seen"] < 62
     outcome = trainer.train(load_train_recipe(path, settings))
     assert outcome.is_finished
     assert outcome.checkpoint is not None
@@ -431,7 +431,7 @@ def test_the_command_line_stops_and_goes_on_with_another_number(
 
 
 def run_failing(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -15,13 +14,13 @@ HANGS = """
 import time
 from sdtrain.errands import AT_ONCE, submit
 for _ in range(3 * AT_ONCE):
-    submit(time.sleep, 60)
+    submit(time.sleep, 3600)
 print("done")
 """
 
 
 def test_errands_run_at_the_same_time_and_come_back_in_order() -> None:
-    meet = threading.Barrier(AT_ONCE, timeout=20)  # breaks unless all are under way
+    meet = threading.Barrier(AT_ONCE, timeout=120)  # breaks unless all are under way
 
     def square(number: int) -> int:
         meet.wait()
@@ -43,7 +42,6 @@ def test_an_error_reaches_who_asked() -> None:
 
 
 def test_a_program_ends_without_waiting_for_its_errands() -> None:
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=50)
+    command = [sys.executable, "-c", HANGS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.returncode) == ("done\n", 0)
-    assert time.monotonic() - start < 45

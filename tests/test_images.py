@@ -65,7 +65,7 @@ def photo(size: tuple[int, int] = (96, 80), mode: str = "RGB") -> Image.Image:
 
 def test_every_row_of_formats_has_its_stated_outcome(shared_data):
     folder = shared_data("formats")
-    rows = list(csv.DictReader((folder / "manifest.csv").open()))
+    rows = list(csv.DictReader((folder / "manifest.csv").open(encoding="utf-8")))
     assert len(rows) == 51
     for row in rows:
         path = folder / row["file"]

@@ -106,7 +106,7 @@ def read(path: Path) -> Image.Image:
 
 def test_near_duplicates_are_found_and_nothing_else(shared_data: Callable[[str], Path]) -> None:
     folder = shared_data("near_duplicates")
-    with (folder / "groups.csv").open(newline="") as file:
+    with (folder / "groups.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     found = find_edges(views_of(read(folder / row["file"]) for row in rows))
     pairs = {edge[:2] for edge in found.edges}

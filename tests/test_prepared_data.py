@@ -346,7 +346,7 @@ def test_copying_that_is_stopped_leaves_whole_parts_and_goes_on_later(
     monkeypatch.setattr(prepared_copying, "_MOST_THREADS", 1)
     monkeypatch.setattr(columns, "_batches", slow)
     data.train.records([0])
-    assert begun.wait(20)
+    assert begun.wait(120)
     copying.stop()
     cache = columns.parts[0].stem.parent
     assert copies(data) == [True, False, False]

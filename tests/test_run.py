@@ -99,7 +99,9 @@ def test_kill_at_random_moments_then_again_ends_in_the_same_content(
     for attempt in range(4):
         folder = tmp_path / f"killed {attempt}"
         for _ in range(2):
-            kills += killed_in(rng.choice(STAGES), rng.uniform(0.0, 0.4), *recipe(folder))
+            stage = rng.choice(STAGES)
+            most = 0.1 if stage in STAGES[-2:] else 0.4  # the last ones are soon over
+            kills += killed_in(stage, rng.uniform(0.0, most), *recipe(folder))
         run("run", *recipe(folder))
         assert content(folder / "photos.lance") == expected
         assert published(folder / "prepared") == files

@@ -83,7 +83,7 @@ def test_a_streamed_set_is_the_set(hub: HubServer, folder: Path) -> None:
 
 def test_pictures_that_are_expected_come_together_and_once(hub: HubServer) -> None:
     rows = opened(stream_keep_gb=0).train
-    together = threading.Barrier(4, timeout=20)  # breaks if they come one by one
+    together = threading.Barrier(4, timeout=120)  # breaks if they come one by one
     hub.ranges.clear()
     hub.answer = lambda method, path: together.wait() and None
     expect(rows, [0, 4, 8, 12])

@@ -89,7 +89,8 @@ def test_a_lora_is_merged_or_written_alone(
     record = header(merged)
     assert record["sdtrain.samples_seen"] == "8"
     assert json.loads(record["sdtrain.recipe"])["adapter"]["rank"] == 2
-    assert str(Path.home()) not in record["sdtrain.recipe"]
+    assert str(tmp_path) not in record["sdtrain.recipe"]
+    assert str(tiny_model(name)) not in record["sdtrain.recipe"]
     assert not json.loads(record["sdtrain.recipe"])["output"].startswith("/")
     assert {"sdtrain.versions", "sdtrain.data", "sdtrain.freeze_table"} <= record.keys()
 
