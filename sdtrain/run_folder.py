@@ -54,6 +54,17 @@ class RunFolder:
             )
         require_folder(self.path, "output =")
 
+    def require_free(self) -> None:
+        """The same, and refuse a folder that is being written, before minutes of opening a model.
+
+        Raises:
+            UserError: as `writing`.
+        """
+        self.require_ours()
+        if (self.path / LOCK).exists():
+            with self.writing():
+                pass
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """The right to write here; only one process has it.

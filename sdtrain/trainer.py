@@ -79,7 +79,7 @@ def train(
         UserError: anything that the user can mend, before training where it can be known.
     """
     folder = RunFolder(recipe.output)
-    world.on_main(folder.require_ours)
+    world.on_main(folder.require_free)
     with ExitStack() as stack:
         stack.enter_context(deterministic(recipe.precision.deterministic))
         setup = world.everywhere(lambda: open_setup(recipe, world))

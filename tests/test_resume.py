@@ -242,8 +242,9 @@ def test_two_processes_do_not_write_one_run(train_recipe: Recipe) -> None:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"process {holder.pid}"):
-            run(path)
+        for settings in ((), ("model.path=not-there",)):  # said before anything is opened
+            with pytest.raises(UserError, match=f"process {holder.pid}"):
+                run(path, *settings)
     finally:
         holder.kill()
         holder.wait()
