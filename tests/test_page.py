@@ -202,7 +202,7 @@ def test_a_run_that_has_just_begun_has_a_page(run: Path) -> None:
 
 def test_a_run_that_diverges_says_so_on_its_page(train_recipe: Callable[..., Path]) -> None:
     recipe = load_train_recipe(
-        train_recipe(), ("train.samples=8", "train.rules=[]", "train.lr=1e9")
+        train_recipe(), ("train.samples=8", "train.rules=[]", "train.lr=1e6")
     )
     with pytest.raises(UserError, match=r"no number|not finite"):
         train(recipe)
