@@ -50,6 +50,7 @@ RULES = [
     Rule("text_encoder*.**", lr=5e-4),
     Rule("unet.up_blocks.**", freeze=True),
 ]
+KEYS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 HALF = {torch.float16: 5e-5, torch.bfloat16: 5e-4}
 
 
@@ -112,6 +113,20 @@ def test_start_gradients_merge_and_file(
     assert list(merged) == list(read)
     for path, parameter in merged.items():
         torch.testing.assert_close(parameter.data, read[path].data, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["ia3", "dora", "lora"])
+def test_every_base_weight_below_an_adapter_is_watched(
+    tiny_model: Callable[[str], Path], name: str
+) -> None:
+    family, _, plan = attached(tiny_model("sd15"), name, {})
+    start = plan.frozen_hashes()
+    assert set(start) == {path for path, _ in family.named_parameters()}
+    plan.assert_frozen(start)
+    with torch.no_grad():
+        dict(family.named_parameters())[KEYS].add_(1)
+    with pytest.raises(AssertionError, match=f"frozen tensors changed: {KEYS}"):
+        plan.assert_frozen(start)
 
 
 def by_canonical_path(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
