@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -88,6 +89,9 @@ class Adapter(Protocol):
 
     def save(self, family: Family, path: Path) -> list[Path]:
         """Write what was trained in the format that others read; returns the files or folders."""
+
+    def taken_out(self) -> AbstractContextManager[None]:
+        """The networks without it for a while, with the weights that they have then."""
 
     def merge(self, family: Family) -> None:
         """Fold the adapter into the base weights and take it out of the networks."""

@@ -106,10 +106,11 @@ def build_plan(
     for entry in trained.values():
         entry.parameter.requires_grad_(True)
     set_modes(family.parts)
+    live = {id(entry.parameter) for entry in trained.values()}  # (IA)³ takes its weight's path
     return FreezePlan(
         rows=_rows(base, decisions, trained),
         groups=_groups(decisions, trained),
-        frozen={path: parameter for path, parameter in base.items() if path not in trained},
+        frozen={path: parameter for path, parameter in base.items() if id(parameter) not in live},
         notes=notes + adapter.notes(),
     )
 

@@ -95,6 +95,9 @@ def find_lr(
             but where there are too few images, which is said before anything is trained.
     """
     require_one_process("lr-find", "Start it without one; its ramp is short.")
+    _require_rates(recipe.optimizer)
+    if recipe.train.phases:
+        warn("the ramp has no [[train.phases]]: all that the rules train does so together")
     planned = _planned(open_setup(recipe))  # the networks are let go again
     wanted = Range(
         planned.lr / BELOW if start is None else start,
@@ -134,6 +137,22 @@ def find_lr(
     return found
 
 
+def _require_rates(optimizer: Any) -> None:
+    """Refuse optimizers of which a ramp tells nothing, before anything is opened."""
+    name = f"optimizer.type = {optimizer.type!r}"
+    if getattr(optimizer, "finds_its_rates", False):
+        raise UserError(
+            f"{name} finds its learning rates itself",
+            "Leave its rates at 1; lr-find is for the other optimizers.",
+        )
+    if "ramp" not in getattr(optimizer, "only_schedules", ("ramp",)):
+        raise UserError(
+            f"{name} cannot go with a rate that grows: an average over all rates would be measured",
+            "Find the rates with another optimizer, such as --set optimizer.type=adamw, and try "
+            "them and larger ones with sdtrain sweep.",
+        )
+
+
 def _planned(setup: Setup) -> Planned:
     """The run that the rates are for; all its rates are scaled together with the main one."""
     counts = num_images(setup)
@@ -158,13 +177,8 @@ def ramp_recipe(recipe: TrainRecipe, wanted: Range, main_lr: float, output: Path
     """The recipe of the ramp: as it was, but for length, schedule and what is kept.
 
     Raises:
-        UserError: the optimizer finds its rates itself, or the ramp has no room.
+        UserError: the ramp has no room.
     """
-    if getattr(recipe.optimizer, "finds_its_rates", False):
-        raise UserError(
-            f"optimizer.type = {recipe.optimizer.type!r} finds its learning rates itself",
-            "Leave its rates at 1; lr-find is for the other optimizers.",
-        )
     if not 0 < wanted.start < wanted.end <= MOST_LR or wanted.end / wanted.start < 10:
         raise UserError(
             f"the ramp goes from {wanted.start:g} to {wanted.end:g}",
@@ -175,7 +189,8 @@ def ramp_recipe(recipe: TrainRecipe, wanted: Range, main_lr: float, output: Path
     every = max(2, round(LOOK_SHARE * wanted.steps)) * batch
     data = recipe.resolved()
     data["output"] = str(output)
-    lengths = ("epochs", "schedule_samples")  # the ramp has its own
+    # The ramp has its own length, in which the turn of a part may never come.
+    lengths = ("epochs", "schedule_samples", "phases", "repeat_phases")
     train = {key: value for key, value in data["train"].items() if key not in lengths}
     data["train"] = {**train, "samples": wanted.steps * batch}
     data["schedule"] = {

@@ -97,9 +97,19 @@ def plan_phases(
     *,
     repeats: bool,
     total_samples: int,
+    planned_samples: int,
     batch_size: int,
 ) -> PhasePlan | None:
     """The phases of a recipe; None if it has none.
+
+    Args:
+        phases: as the recipe has them.
+        plan: what trains.
+        repeats: whether they begin again after the last one.
+        total_samples: length of the run.
+        planned_samples: what it would be if it were not cut short; only warned of is a part whose
+            turn comes after the cut.
+        batch_size: samples per optimizer step.
 
     Raises:
         UserError: a phase names a part that does not train or is shorter than a step, a part that
@@ -117,23 +127,28 @@ def plan_phases(
             f"[[train.phases]] end at {length:,} of the run's {total_samples:,} samples",
             "Set train.repeat_phases = true, make them longer, or train for less.",
         )
-    # A phase begins with the first step that starts in it: the turn alone is not enough.
-    begun = {
-        index
-        for start, index in found.starts(total_samples)
-        if -(-start // batch_size) * batch_size < total_samples
-    }
+    begun = _begun(found, total_samples, batch_size)
     if missed := [str(i + 1) for i in range(len(phases)) if i not in begun]:
         warn(f"the run ends before a step of phase {', '.join(missed)} of [[train.phases]] begins")
-    live = {part for index in begun for part in phases[index].parts}
+    planned = _begun(found, planned_samples, batch_size)
+    live = {part for index in planned for part in phases[index].parts}
     if never := [part for part in trained if part not in live]:
-        last = (total_samples - 1) // batch_size * batch_size
+        last = (planned_samples - 1) // batch_size * batch_size
         raise UserError(
             f"rules train {', '.join(never)}, but no phase of the run does: the last of its "
-            f"{total_samples:,} samples begin a step at {last:,}",
+            f"{planned_samples:,} samples begin a step at {last:,}",
             "Name it in [[train.phases]] before that, train for longer, or freeze it.",
         )
     return found
+
+
+def _begun(plan: PhasePlan, samples: int, batch_size: int) -> set[int]:
+    """Phases that get a step: one begins with the first step that starts in it."""
+    return {
+        index
+        for start, index in plan.starts(samples)
+        if -(-start // batch_size) * batch_size < samples
+    }
 
 
 def _check_phase(number: int, phase: PhaseSection, trained: Sequence[str], batch: int) -> None:

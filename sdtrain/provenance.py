@@ -157,7 +157,7 @@ class PartChange:
 
     Args:
         part: such as `unet`.
-        same: tensors that are alike, bit for bit.
+        same: tensors of the same values, in whatever number format.
         changed: tensors of one shape with other values.
         only_a: tensors that B lacks, or has in another shape.
         only_b: tensors that A lacks, or has in another shape.
@@ -215,10 +215,10 @@ def _parts(a: Provenance, b: Provenance) -> list[PartChange]:
                 part.only_a += one is not None
                 part.only_b += two is not None
                 continue
-            is_same = one.dtype == two.dtype and one.equal(two)
+            one, two = one.double(), two.double()
+            is_same = one.equal(two)
             part.same += is_same
             part.changed += not is_same
-            one, two = one.double(), two.double()
             lengths[0] += float((two - one).square().sum())
             lengths[1] += float(one.square().sum())
         for part in found.values():

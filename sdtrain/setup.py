@@ -224,6 +224,7 @@ class Setup:
             self.plan,
             repeats=train.repeat_phases,
             total_samples=self.total_samples,
+            planned_samples=self.schedule_samples,
             batch_size=self.recipe.data.batch_size,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +224,23 @@ def loaded(setup: Setup, path: Path, *, ema: bool = False) -> Iterator[None]:
                 places[key].copy_(value)
 
 
-def _adapted(setup: Setup, path: Path) -> AbstractContextManager[None]:
-    """A LoRA of anyone's in the base model, for a while."""
-    return with_adapter(setup.family, {**setup.plan.frozen, **setup.plan.trained()}, path)
+@contextmanager
+def _adapted(setup: Setup, path: Path) -> Iterator[None]:
+    """A LoRA of anyone's in the base model, for a while.
+
+    The recipe's own adapter is out of the way: DoRA would give the rows their old lengths back.
+    """
+    with (
+        setup.adapter.taken_out(),
+        with_adapter(setup.family, dict(setup.family.named_parameters()), path),
+    ):
+        yield
 
 
 def _must_be_measurable(setup: Setup, path: Path, kind: str, probes: Sequence[ProbeSet]) -> None:
     """Open what others made, and let it go again; a checkpoint was looked at before."""
     if kind == "adapter":
-        read_deltas(setup.family, {**setup.plan.frozen, **setup.plan.trained()}, path)
+        read_deltas(setup.family, dict(setup.family.named_parameters()), path)
     elif kind == "model":
         _, apart = _other_model(setup, path, probes)
         if apart:

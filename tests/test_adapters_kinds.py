@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from functools import lru_cache
 from itertools import product
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sdprep.errors import UserError
 from sdprep.plugins import config_for
 from sdtrain.adapters._layers import run
+from sdtrain.formats.spelling import canonical_entries, pieces
 from sdtrain.freezing import Rule, build_plan
 from sdtrain.noise import noise_for
 from tests.adapter_reader import merge_kohya
@@ -49,6 +50,7 @@ RULES = [
     Rule("text_encoder*.**", lr=5e-4),
     Rule("unet.up_blocks.**", freeze=True),
 ]
+KEYS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 HALF = {torch.float16: 5e-5, torch.bfloat16: 5e-4}
 
 
@@ -111,6 +113,47 @@ def test_start_gradients_merge_and_file(
     assert list(merged) == list(read)
     for path, parameter in merged.items():
         torch.testing.assert_close(parameter.data, read[path].data, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["ia3", "dora", "lora"])
+def test_every_base_weight_below_an_adapter_is_watched(
+    tiny_model: Callable[[str], Path], name: str
+) -> None:
+    family, _, plan = attached(tiny_model("sd15"), name, {})
+    start = plan.frozen_hashes()
+    assert set(start) == {path for path, _ in family.named_parameters()}
+    plan.assert_frozen(start)
+    with torch.no_grad():
+        dict(family.named_parameters())[KEYS].add_(1)
+    with pytest.raises(AssertionError, match=f"frozen tensors changed: {KEYS}"):
+        plan.assert_frozen(start)
+
+
+def by_canonical_path(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As `sdtrain diff` sees a file: sides of length 1 count for nothing."""
+    return {
+        path: piece.detach().squeeze()
+        for entry in canonical_entries(tensors)
+        for path, piece in zip(entry.sources, pieces(tensors[entry.key], entry), strict=True)
+    }
+
+
+@pytest.mark.parametrize(("name", "options", "base"), [*CASES, ("lora", {}, "sdxl")])
+def test_a_checkpoint_has_the_tensors_of_its_files_under_the_same_paths(
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    name: str,
+    options: dict[str, Any],
+    base: str,
+) -> None:
+    family, adapter, plan = attached(tiny_model(base), name, options)
+    shake(plan)
+    trained = by_canonical_path(plan.trained())
+    for file in adapter.save(family, tmp_path):
+        found = by_canonical_path(load_file(str(file)))
+        assert {p for p in found if not p.endswith((".alpha", ".on_input"))} == set(trained)
+        for path, tensor in trained.items():
+            assert torch.equal(found[path], tensor), path
 
 
 def only_these_train(family: Any, plan: Any, out: torch.Tensor) -> None:

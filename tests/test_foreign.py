@@ -227,6 +227,25 @@ def test_what_does_not_fit_is_refused_by_name(places: dict, tmp_path: Path) -> N
             kind_of(path)
 
 
+@pytest.mark.parametrize("name", ["dora", "ia3"])
+def test_a_file_is_measured_without_the_recipes_own_adapter(
+    name: str, train_recipe: Recipe, tmp_path: Path
+) -> None:
+    """DoRA would undo what a file does to lengths; a factor of (IA)³ is called like its weight."""
+    recipe = load_train_recipe(train_recipe(), (*WITH_EVALUATION, f"adapter.type={name}"))
+    setup: Setup = open_setup(recipe)
+    with torch.no_grad():
+        for path, parameter in setup.plan.trained().items():
+            parameter.mul_(1.2).add_(0.1 * noise_for(3, "shake", path, 0, parameter.shape))
+    file = setup.adapter.save(setup.family, tmp_path / "file")[-1]
+    setup.adapter.merge(setup.family)
+    setup.family.save(tmp_path / "merged")
+    found = validate_checkpoints(recipe, [file, tmp_path / "merged"], tmp_path / "to")
+    base, of_file, merged = (r["mean"] for r in found["evaluations"] if r["set"] == "validation")
+    assert of_file == pytest.approx(merged, rel=1e-5)
+    assert of_file != pytest.approx(base, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_foreign_files_are_measured_on_the_recipes_probe(
     train_recipe: Recipe, tiny_model: Callable[[str], Path], tmp_path: Path

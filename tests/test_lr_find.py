@@ -27,6 +27,7 @@ from sdtrain.lr_bounds import (
     smoothed,
 )
 from sdtrain.recipe import load_train_recipe
+from sdtrain.setup import open_setup
 from tests.train_data import prepared_row, write_prepared, write_recipe
 
 LOOKS, IMAGES = 30, 24
@@ -213,12 +214,16 @@ def test_bounds_at_one_rate_share_a_label() -> None:
     assert labels == {"learning starts": 1e-6, "best, held-out rises, breaks": 1e-4}
 
 
+AVERAGING = ('optimizer={type="schedule_free"}', 'schedule={type="constant"}')
+
+
 def test_what_cannot_be_found_is_said_before_anything_is_trained(small_recipe: Path) -> None:
     to = small_recipe.parent / "never"
     for settings, words in (
         ((*SHORT, "validation.images=5"), "the set validation has 5 images, 8 are needed"),
         ((*SHORT, "validation.train_probe_images=0"), "the set train_probe has 0 images"),
         ((*SHORT, 'optimizer={type="prodigy"}'), "finds its learning rates itself"),
+        ((*SHORT, *AVERAGING), "schedule_free' cannot go with a rate that grows"),
     ):
         with pytest.raises(UserError, match=words):
             lr_find.find_lr(
@@ -239,6 +244,25 @@ def test_a_ramp_has_its_own_length_and_no_early_stop(small_recipe: Path) -> None
     assert trial.train.samples == 160
     assert trial.train.schedule_samples is None
     assert trial.validation.stop is None
+
+
+def test_all_parts_train_throughout_a_ramp(
+    small_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its few steps would end before the second phase begins."""
+    sets = (
+        'train.phases=[{samples=400,parts=["unet"]},{samples=400,parts=["text_encoder"]}]',
+        "train.repeat_phases=true",
+        'train.rules=[{match="unet.**",lr=1e-3},{match="text_encoder.**",lr=5e-4}]',
+    )
+    recipe = load_train_recipe(small_recipe, (*SHORT, *sets, "train.samples=1600"))
+    trial = lr_find.ramp_recipe(recipe, lr_find.Range(1e-5, 1.0, 20), 1e-3, Path("x"))
+    assert not trial.train.phases
+    assert not trial.train.repeat_phases
+    assert open_setup(trial).phases is None
+    with pytest.raises(UserError, match="the ramp goes from 1 to 2"):
+        lr_find.find_lr(recipe, start=1.0, end=2.0, steps=20, to=None)
+    assert "the ramp has no [[train.phases]]" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -230,6 +230,24 @@ def test_phases_that_make_no_sense_are_refused(
         open_setup(load_train_recipe(train_recipe(), [RULES, *overrides]))
 
 
+def test_a_run_that_is_cut_short_may_end_before_the_turn_of_a_part(
+    train_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--final` makes such a recipe where a run was best before its second phase."""
+    turns = (
+        "train.phases=[{samples = 16, parts = ['unet']}, {samples = 6, parts = ['text_encoder']}]"
+    )
+    overrides = [RULES, turns, "train.samples=8"]
+    with pytest.raises(UserError, match="rules train text_encoder, but no phase of the run does"):
+        open_setup(load_train_recipe(train_recipe(), overrides))
+    capsys.readouterr()
+    cut = load_train_recipe(train_recipe(), [*overrides, "train.schedule_samples=22"])
+    assert trainer.train(cut, keeps_model=False).is_finished
+    assert "ends before a step of phase 2" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the last of its 12 samples"):
+        open_setup(load_train_recipe(train_recipe(), [*overrides, "train.schedule_samples=12"]))
+
+
 def test_phases_that_can_be_refused_early_are(train_recipe: Recipe) -> None:
     for overrides, words in (
         (["train.repeat_phases=true"], "repeat_phases needs"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import sdprep.hub_access
@@ -195,6 +196,17 @@ def test_a_checkpoint_is_compared_with_the_file_made_of_it(
     there, back = by_part(evaluated_run, base)["unet"], by_part(evaluated_run / "model", base)
     assert there["changed"] > 200
     assert there["percent"] == pytest.approx(back["unet"]["percent"])
+
+
+def test_a_wider_number_format_is_no_change(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    narrow, wide = tmp_path / "narrow.safetensors", tmp_path / "wide.safetensors"
+    export(tiny_model("sd15"), "single-file", narrow, dtype="bf16")
+    save_file({name: tensor.float() for name, tensor in load_file(narrow).items()}, wide)
+    for part in by_part(narrow, wide).values():
+        assert part["same"] > 30
+        assert (part["changed"], part["percent"]) == (0, 0)
 
 
 def test_an_adapter_is_compared_in_either_spelling(

@@ -5,7 +5,8 @@ What an adapter does at one layer is its `Kind`; here is what all of them share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,6 +125,17 @@ class LayerAdapter:
         if all(self.kind.diffusers(layer) is not None for layer in self.layers.values()):
             written.insert(0, write_diffusers(path / DIFFUSERS_FILE, self.diffusers_tensors()))
         return written
+
+    @contextmanager
+    def taken_out(self) -> Iterator[None]:
+        """The bare base layers in the networks for a while."""
+        for path, (network, name) in self._places.items():
+            put(network, name, self.layers[path].get_submodule("base_layer"))
+        try:
+            yield
+        finally:
+            for path, (network, name) in self._places.items():
+                put(network, name, self.layers[path])
 
     def merge(self, family: Family) -> None:
         """Fold the adapter into the base weights and take it out of the networks."""

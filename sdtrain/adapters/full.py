@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +61,10 @@ class Full:
         """A complete diffusers folder."""
         family.save(path)
         return [path]
+
+    def taken_out(self) -> AbstractContextManager[None]:
+        """There is nothing beside the base weights."""
+        return nullcontext()
 
     def merge(self, family: Family) -> None:
         """The base weights are the trained ones already."""

@@ -21,7 +21,7 @@ SECOND_ENCODER = "conditioner.embedders.1.model."
 OPTIONAL = ("position_ids", "logit_scale", "transformer.text_projection.weight")
 """Ends of tensors of the original code that no network here needs."""
 
-Layout = Literal["same", "kernel", "transposed", "rows"]
+Layout = Literal["same", "kernel", "transposed", "rows", "skew"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Entry:
     Args:
         key: its name there.
         sources: the canonical paths that it is made of, with the part's name in front.
-        layout: `same`; `kernel`, a matrix written as a 1 by 1 convolution; `transposed`; or
-            `rows`, several tensors one below the other.
+        layout: `same`; `kernel`, a matrix written as a 1 by 1 convolution; `transposed`;
+            `rows`, several tensors one below the other; or `skew`, of adapter files: blocks that
+            stand for what is antisymmetric in them.
     """
 
     key: str

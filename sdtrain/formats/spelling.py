@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from sdtrain.formats import single_file_keys as keys
@@ -36,6 +37,15 @@ _WORDS = (
 """Words with an underscore of their own, which kohya's names write like a dot."""
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """What diffusers called them until 0.18, as in the published folders of SD 1.5."""
+_BLOCKS = "oft_blocks"
+_IN_CHECKPOINTS = {
+    "down": "lora_down.weight",
+    "mid": "lora_mid.weight",
+    "up": "lora_up.weight",
+    "magnitude": "dora_scale",
+    "free": _BLOCKS,
+}
+"""Ends of our checkpoints' paths, and what files for others call the same."""
 
 
 def canonical_entries(names: Iterable[str]) -> list[keys.Entry]:
@@ -74,7 +84,16 @@ def pieces(tensor: Tensor, entry: keys.Entry) -> list[Tensor]:
     """The pieces of one tensor of a file, in the order of the entry's sources."""
     if entry.layout == "rows":
         return list(tensor.chunk(len(entry.sources)))
+    if entry.layout == "skew":
+        return [_upper_triangles(tensor - tensor.mT)]
     return [tensor.t() if entry.layout == "transposed" else tensor]
+
+
+def _upper_triangles(blocks: Tensor) -> Tensor:
+    """The numbers above the diagonals of (…, b, b): (…, b(b-1)/2), as checkpoints hold them."""
+    side = blocks.shape[-1]
+    rows, columns = torch.triu_indices(side, side, 1)
+    return blocks[..., rows, columns]
 
 
 class _Shape:
@@ -118,7 +137,9 @@ def _sources(name: str, shape: _Shape) -> tuple[tuple[str, ...], keys.Layout]:
     stem, end = split_key(name)
     if end in OTHER_NAMES or end in PEFT_LENGTHS or name.startswith(tuple(_KOHYA_PARTS)):
         end = "dora_scale" if end in PEFT_LENGTHS else OTHER_NAMES.get(end, end)
-        return (f"{_module(stem, shape)}.{end}",), "same"
+        return (f"{_module(stem, shape)}.{end}",), "skew" if end == _BLOCKS else "same"
+    if end in _IN_CHECKPOINTS:
+        return (f"{stem}.{_IN_CHECKPOINTS[end]}",), "same"
     old = re.fullmatch(r"(vae\..+\.attentions\.\d+)\.(\w+)\.(weight|bias)", name)
     if old and old[2] in _OLD_VAE_ATTENTION:
         return (f"{old[1]}.{_OLD_VAE_ATTENTION[old[2]]}.{old[3]}",), "same"
