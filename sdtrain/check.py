@@ -21,7 +21,7 @@ from sdtrain.check_facts import (
 )
 from sdtrain.dataset import Rows, policy_words
 from sdtrain.memory import checkpoint_bytes, memory
-from sdtrain.planned import rates_at
+from sdtrain.planned import num_due, rates_at
 from sdtrain.probe_sets import num_images, usual_levels
 from sdtrain.recipe import TrainRecipe
 from sdtrain.resolution import expected_percent
@@ -293,7 +293,8 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
     }
     forwards = {name: images[name] * per_image[name] for name in images}
     weights = 1 if setup.recipe.ema is None else 2
-    times, each = 1 + -(-setup.total_samples // every), weights * sum(forwards.values())
+    batch, total = setup.recipe.data.batch_size, setup.total_samples
+    times, each = num_due(every, batch, total, total), weights * sum(forwards.values())
     work = times * each / (FORWARDS_PER_TRAINING_SAMPLE * setup.total_samples)
     return {
         "every_samples": every,
