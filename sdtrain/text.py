@@ -168,6 +168,14 @@ def join_chunks(hidden: Tensor, convention: Convention = "n77") -> Tensor:
     return torch.cat([hidden[0, :1], inner, hidden[-1, -1:]])
 
 
+def empty_like(states: Tensor, empty: Tensor, convention: Convention) -> Tensor:
+    """As many chunks of the encoded empty prompt (1, 77, D) as `states` (B, L, D) are made of."""
+    length = states.shape[1]
+    count = length // CHUNK_TOKENS if convention == "n77" else (length - 2) // CONTENT_TOKENS
+    joined = join_chunks(empty.expand(count, -1, -1), convention)
+    return joined.repeat(len(states), 1, 1)
+
+
 @dataclass(frozen=True)
 class TextConditioning:
     """Encoded prompts of a batch; prompts of different lengths are never padded to each other.
