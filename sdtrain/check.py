@@ -21,7 +21,8 @@ from sdtrain.check_facts import (
 )
 from sdtrain.dataset import Rows, policy_words
 from sdtrain.memory import checkpoint_bytes, memory
-from sdtrain.planned import rates_at
+from sdtrain.planned import num_due, rates_at
+from sdtrain.prior import PriorOrder
 from sdtrain.probe_sets import num_images, usual_levels
 from sdtrain.recipe import TrainRecipe
 from sdtrain.resolution import expected_percent
@@ -205,16 +206,18 @@ def _buckets(rows: Rows, assignment: Assignment, run_samples: int) -> list[dict[
 
 
 def _chunks(setup: Setup) -> dict[str, Any]:
-    """How many chunks the prompts of the first epoch take; of large sets, those of a part."""
-    ids, kept = setup.data.train.ids, setup.train.kept
+    """How many chunks the prompts of the first epoch take, repeats and a prior's among them.
+
+    Of large sets, those of a part.
+    """
     stream = setup.order.slots()
-    looked_at = min(len(kept), CHUNK_ROWS)
+    looked_at = min(setup.order.epoch_samples, CHUNK_ROWS)
     texts = [next(stream).text for _ in range(looked_at)]
     counts = Counter(text.num_chunks for text in texts)
     cut = [text.num_cut for text in texts if text.num_cut]
     return {
         "looked_at": looked_at,
-        "of": len(ids),
+        "of": setup.order.epoch_samples,
         "rows_by_chunks": {str(chunks): counts[chunks] for chunks in sorted(counts)},
         "percent_by_chunks": {
             str(chunks): round(100 * counts[chunks] / looked_at, 2) for chunks in sorted(counts)
@@ -251,13 +254,21 @@ def _length(setup: Setup, slots: Sequence[Slot]) -> dict[str, Any]:
     return {
         "samples": setup.total_samples,
         "steps": setup.num_steps,
-        "epochs": setup.total_samples / setup.order.epoch_samples,
+        "epochs": _epochs(setup),
         "batch_size": data.batch_size,
         "micro_batch_size": data.micro_batch_size,
         "forwards_in_first_step": len(micro_batches(first, data.micro_batch_size)),
         "last_step_samples": setup.total_samples % data.batch_size or data.batch_size,
         "checkpoint_every_samples": setup.every_samples(setup.recipe.checkpoint.every_samples, 10),
     }
+
+
+def _epochs(setup: Setup) -> float:
+    """How often the training rows are seen; a prior's are not counted."""
+    order, total = setup.order, setup.total_samples
+    if isinstance(order, PriorOrder):
+        return (total - order.num_prior(total)) / order.train.epoch_samples
+    return total / order.epoch_samples
 
 
 def _learning_rate(setup: Setup) -> dict[str, Any]:
@@ -293,7 +304,8 @@ def _evaluation(setup: Setup) -> dict[str, Any]:
     }
     forwards = {name: images[name] * per_image[name] for name in images}
     weights = 1 if setup.recipe.ema is None else 2
-    times, each = 1 + -(-setup.total_samples // every), weights * sum(forwards.values())
+    batch, total = setup.recipe.data.batch_size, setup.total_samples
+    times, each = num_due(every, batch, total, total), weights * sum(forwards.values())
     work = times * each / (FORWARDS_PER_TRAINING_SAMPLE * setup.total_samples)
     return {
         "every_samples": every,

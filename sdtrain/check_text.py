@@ -165,14 +165,21 @@ def _chunks(chunks: Mapping[str, Any]) -> list[str]:
     by_chunks = chunks["rows_by_chunks"].items()
     counts = ", ".join(f"{n}: {rows:,} ({shares[n]:g} %)" for n, rows in by_chunks)
     return [
-        f"rows by chunks of 75 tokens, first epoch, {chunks['looked_at']:,} rows: {counts}",
+        f"prompts by chunks of 75 tokens, {_looked_at(chunks)}: {counts}",
         f"cut at model.max_chunks: {amount(chunks['cut'], 'prompt')}, by "
         f"{amount(chunks['tokens_cut'], 'token')}",
         f"shortened to fit prompt.max_chunks: {amount(chunks['shortened'], 'prompt')}, by "
         f"{chunks['units_removed']:,} tags or words",
-        f"rows without any text: {chunks['without_text']:,}",
+        f"without any text: {chunks['without_text']:,}",
         f"captions dropped: {chunks['dropped']:,}; empty prompts in all: {chunks['empty']:,}",
     ]
+
+
+def _looked_at(chunks: Mapping[str, Any]) -> str:
+    """All samples of the first epoch, or the first of them."""
+    count, total = chunks["looked_at"], chunks["of"]
+    of_all = "" if count == total else f" of {total:,}"
+    return f"first epoch, {count:,}{of_all} samples"
 
 
 def _length(found: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from sdtrain.recipe import DataSection
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description", "sentence", "label_text")
+_WANTED = {
+    "image_column": "pictures, or the bytes of their files",
+    "caption_column": "strings or lists of strings, which texts must be",
+}
 SIDECARS = (".txt", ".caption")
 NO_TEXT = "no text"
 """Column of empty texts that stands in where a set has none and needs none."""
@@ -37,8 +41,10 @@ def columns_of(
 
     features = dataset.features
     pictures = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
+    files = [name for name, kind in features.items() if _is_file(kind)]
+    fitting = pictures + files if section.image_column else pictures or files
     try:
-        image = _column(section.image_column, "image_column", pictures, ("image",), features)
+        image = _column(section.image_column, "image_column", fitting, ("image",), features)
     except DataError:
         _refuse_folder(Path(section.path))
         raise
@@ -84,6 +90,14 @@ def _is_text(kind: Any) -> bool:
     return isinstance(inner, Value) and inner.dtype in ("string", "large_string")
 
 
+def _is_file(kind: Any) -> bool:
+    """Whether a column may hold files of pictures, written by a program that did not say so."""
+    from datasets import Value
+
+    inner = kind.get("bytes") if isinstance(kind, dict) else kind
+    return isinstance(inner, Value) and inner.dtype in ("binary", "large_binary")
+
+
 def _column(
     named: str | None, option: str, fitting: list[str], usual: Sequence[str], features: Any
 ) -> str:
@@ -100,8 +114,8 @@ def _column(
     if not likely or (len(likely) > 1 and likely[0] not in usual):
         kinds = {name: getattr(kind, "dtype", kind) for name, kind in features.items()}
         found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        hint = f'Name it: data.{option} = "…".' if likely else f"No column has {_WANTED[option]}."
         raise DataError(
-            f"cannot tell which column holds the {what}; the data set has: {found}",
-            f'Name it: data.{option} = "…".',
+            f"cannot tell which column holds the {what}; the data set has: {found}", hint
         )
     return likely[0]

@@ -258,14 +258,16 @@ def _evaluation(sets: Mapping[str, Sequence[Line]]) -> str:
 def _training(lines: Sequence[Line], plan: Mapping[str, Any]) -> str:
     if len(lines) < 2:
         return ""
-    shown = [
-        parts.figure(
-            "Training loss",
-            figures.loss_figure(lines, "loss", "loss", figures.SERIES[5]),
-            "As it was minimised. Most of its jumps are the noise levels that a step happened to "
-            "draw.",
+    shown = []
+    if any(line.get("loss") is not None for line in lines):  # none where masks left nothing
+        shown.append(
+            parts.figure(
+                "Training loss",
+                figures.loss_figure(lines, "loss", "loss", figures.SERIES[5]),
+                "As it was minimised. Most of its jumps are the noise levels that a step happened "
+                "to draw.",
+            )
         )
-    ]
     if any(line.get("loss_debiased") is not None for line in lines):
         shown.append(
             parts.figure(

@@ -7,6 +7,7 @@ from typing import Any
 
 from sdtrain import checkpoint
 from sdtrain import page_parts as parts
+from sdtrain.planned import num_due
 from sdtrain.run_folder import RunFolder
 from sdtrain.trackers.jsonl import read_metrics
 from sdtrain.trackers.pace import PACE, pace
@@ -40,10 +41,10 @@ def section(
     rows.append(("Optimizer steps", f"{plan['steps']:,}", "", f"{done:,}"))
     evaluated = max((len(lines) for lines in sets.values()), default=0)
     if sets:
-        rows.append(_cadence("Evaluations", plan["validate_every"], seen, total, evaluated))
+        rows.append(_cadence("Evaluations", plan, "validate_every", seen, total, evaluated))
     if plan["sample_every"]:
         drawn = len(list(folder.samples.glob("*/prompts.json")))
-        rows.append(_cadence("Sets of pictures", plan["sample_every"], seen, total, drawn))
+        rows.append(_cadence("Sets of pictures", plan, "sample_every", seen, total, drawn))
     kept = len(checkpoint.checkpoints(folder.checkpoints))
     rows.append(
         ("Checkpoints", f"every {plan['save_every']:,} samples", "", f"{kept:,} kept on disk")
@@ -54,10 +55,11 @@ def section(
     return f'<h2>Plan against reality</h2><section class="card plan">{table}{phases}</section>'
 
 
-def _cadence(name: str, every: int, seen: int, total: int, done: int) -> tuple[str, str, str, str]:
+def _cadence(
+    name: str, plan: Line, key: str, seen: int, total: int, done: int
+) -> tuple[str, str, str, str]:
     def count(until: int) -> int:
-        # At the start, at every multiple that was passed, and at the end.
-        return 1 + until // every + (until == total and until % every != 0)
+        return num_due(plan[key], plan["batch_size"], total, until)
 
     return name, f"{count(total):,}", f"{count(seen):,}", f"{done:,}"
 

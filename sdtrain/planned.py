@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdtrain.setup import Setup
+if TYPE_CHECKING:
+    from sdtrain.setup import Setup
 
 CURVE_POINTS = 200
 
@@ -21,6 +22,20 @@ def planned(setup: Setup) -> dict[str, Any]:
         "lr": _rates(setup),
         "phases": _phases(setup),
     }
+
+
+def num_due(every_samples: int, batch_size: int, total_samples: int, until: int) -> int:
+    """How often a cadence is due: at the start, in steps that pass a multiple of it, at the end.
+
+    Args:
+        every_samples: the cadence; of two multiples in one step, one look comes.
+        batch_size: samples of a step; the last one may be short.
+        total_samples: of the run.
+        until: the clock at the end of a step, or 0.
+    """
+    last_step = total_samples - 1 - (total_samples - 1) % batch_size
+    before_it = min(until, last_step) // max(every_samples, batch_size)
+    return 1 + before_it + (until == total_samples)
 
 
 def rates_at(setup: Setup, samples_seen: int) -> dict[str, float]:

@@ -75,23 +75,27 @@ def lay_out(tokenizer: Any, prompt: str, max_chunks: int, split: Split = "hard")
     return [*chunks, *([ChunkText(words[start:], 0, is_read=False)] if words[start:] else [])]
 
 
-def tokenize(tokenizer: Any, prompt: str, max_chunks: int, split: Split = "hard") -> Chunks:
+def tokenize(
+    tokenizer: Any, prompt: str, max_chunks: int, split: Split = "hard", marks: Any = None
+) -> Chunks:
     """Cut a prompt into wrapped chunks.
 
     Args:
-        tokenizer: CLIP's; its `pad_token_id` fills up after EOS (some pad with 0).
+        tokenizer: CLIP's; says what the content is.
         prompt: rendered text; the empty string gives one chunk of BOS and EOS.
         max_chunks: chunks kept; what is cut off is counted.
         split: `hard` cuts after 75 tokens; `comma` goes back to the last comma within 20 tokens.
+        marks: the tokenizer whose BOS, EOS and padding wrap it (some pad with 0); None: the same.
     """
+    marks = tokenizer if marks is None else marks
     # Without its length warning: prompts longer than 77 tokens are what this function is for.
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     comma = tokenizer.convert_tokens_to_ids(COMMA) if split == "comma" else None
     contents = split_tokens(ids, comma)
     kept = contents[:max_chunks]
-    wrapped = torch.full((len(kept), CHUNK_TOKENS), tokenizer.pad_token_id, dtype=torch.int64)
+    wrapped = torch.full((len(kept), CHUNK_TOKENS), marks.pad_token_id, dtype=torch.int64)
     for row, content in enumerate(kept):
-        tokens = [tokenizer.bos_token_id, *content, tokenizer.eos_token_id]
+        tokens = [marks.bos_token_id, *content, marks.eos_token_id]
         wrapped[row, : len(tokens)] = torch.tensor(tokens)
     return Chunks(wrapped, sum(len(content) for content in contents[max_chunks:]))
 
@@ -162,6 +166,14 @@ def join_chunks(hidden: Tensor, convention: Convention = "n77") -> Tensor:
         return hidden.flatten(0, 1)
     inner = hidden[:, 1:-1].flatten(0, 1)
     return torch.cat([hidden[0, :1], inner, hidden[-1, -1:]])
+
+
+def empty_like(states: Tensor, empty: Tensor, convention: Convention) -> Tensor:
+    """As many chunks of the encoded empty prompt (1, 77, D) as `states` (B, L, D) are made of."""
+    length = states.shape[1]
+    count = length // CHUNK_TOKENS if convention == "n77" else (length - 2) // CONTENT_TOKENS
+    joined = join_chunks(empty.expand(count, -1, -1), convention)
+    return joined.repeat(len(states), 1, 1)
 
 
 @dataclass(frozen=True)

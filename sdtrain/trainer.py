@@ -23,7 +23,7 @@ from sdtrain.deterministic import deterministic
 from sdtrain.failures import explained, noted
 from sdtrain.hand_over import hand_over
 from sdtrain.loader import load
-from sdtrain.planned import planned
+from sdtrain.planned import num_due, planned
 from sdtrain.probe_sets import open_probes
 from sdtrain.recipe import TrainRecipe
 from sdtrain.run import Run, begin
@@ -175,7 +175,7 @@ def fit(run: Run, trackers: Sequence[Any], stop: StopRequest) -> None:
     save_every = setup.every_samples(recipe.checkpoint.every_samples, 10)
     probes = open_probes(setup, run.folder.validation, run.samples_seen, run.evaluations)
     shapes = [(each.probe.name, *each.probe.shape) for each in probes]
-    say(wording.cost(shapes, 1 + -(-total // validate_every)))
+    say(wording.cost(shapes, num_due(validate_every, recipe.data.batch_size, total, total)))
     run.course = look_back(probes, recipe.validation.stop)
     if run.is_finished:  # stopped early before
         return

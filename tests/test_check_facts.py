@@ -121,3 +121,23 @@ def test_the_largest_change_says_that_the_warm_up_is_not_in_it(
         settings = ("schedule.type=constant", f"schedule.warmup_samples={warmup}")
         _, said = facts(train_recipe(), *settings)
         assert words in said
+
+
+def test_an_epoch_is_counted_with_its_repeats_and_without_its_prior(
+    train_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [prepared_row(number, repeats=3 if number < 4 else 1) for number in range(8)]
+    data = write_prepared(tmp_path / "own", rows)
+    prior = write_prepared(tmp_path / "prior", [prepared_row(number) for number in range(30, 36)])
+    whole = ("train.samples=", "train.epochs=2", "prompt.dropout_p=0")
+    found, said = facts(train_recipe(data=data), *whole)
+    assert (found["length"]["samples"], found["length"]["epochs"]) == (32, 2.0)
+    assert found["chunks"]["looked_at"] == found["chunks"]["of"] == 16
+    # Long are 0, three times, and 5.
+    assert found["chunks"]["rows_by_chunks"] == {"1": 12, "3": 4}
+    assert "first epoch, 16 samples: 1: 12 (75 %), 3: 4 (25 %)" in said
+    shared = (f"prior.path={str(prior)!r}", "prior.fraction=0.25")
+    found, _ = facts(train_recipe(data=data), *whole, *shared)
+    samples = found["length"]["samples"]
+    assert found["length"]["epochs"] == (samples - samples // 4) / 16  # every fourth is the prior's
+    assert found["chunks"]["of"] == 21  # 16 are three quarters

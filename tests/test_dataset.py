@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -217,6 +218,28 @@ def test_columns_that_cannot_be_told_apart_must_be_named(tmp_path: Path) -> None
         opened(path, caption_column="n")
     with pytest.raises(DataError, match="holds no pictures"):
         opened(path, image_column="left", caption_column="left")
+
+
+@pytest.mark.parametrize("shape", ["bytes", "struct"])
+def test_pictures_that_are_not_marked_as_such_are_opened(shape: str, tmp_path: Path) -> None:
+    """As pandas or pyarrow write them: the bytes of the files, alone or with a path."""
+    files = [small_jpeg(n, (90, 100)) for n in range(2)]
+    cells = files if shape == "bytes" else [{"bytes": data, "path": None} for data in files]
+    table = pa.table({"image": cells, "text": ["a", "b"]})
+    (tmp_path / "plain").mkdir()
+    pq.write_table(table, tmp_path / "plain" / "train.parquet")
+    for named in ({}, {"image_column": "image"}):
+        rows = opened(tmp_path / "plain", **named).train
+        assert rows.sizes_hw.tolist() == [[100, 90]] * 2
+        assert rows.image(1).size == (90, 100)
+        assert rows.records([1])[0]["caption"] == "b"
+
+
+def test_a_column_that_no_name_can_mend_is_not_asked_for(tmp_path: Path) -> None:
+    path = hub_set(tmp_path / "saved", {"label": [1, 2]})
+    with pytest.raises(DataError, match="cannot tell") as caught:
+        opened(path)
+    assert caught.value.hint.startswith("No column has strings or lists of strings")
 
 
 def test_what_is_said_of_columns_and_revisions_to_no_effect_is_noted(

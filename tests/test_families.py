@@ -304,3 +304,18 @@ def test_pictures_are_drawn_under_the_text_that_trains(
     long = family.pipeline_inputs(["a cat, " * 40])
     assert long["prompt_embeds"].shape == long["negative_prompt_embeds"].shape
     assert long["prompt_embeds"].shape[1] == 154
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("convention", ["n77", "n75+2"])
+def test_long_prompts_are_guided_away_from_as_many_empty_chunks(
+    tiny_model: Callable[[str], Path], name: str, convention: str
+) -> None:
+    """With n75+2, what is left out between the chunks of a prompt is left out of empty ones too."""
+    family = load_tiny(tiny_model(name), chunk_convention=convention)
+    with torch.no_grad():
+        inputs = family.pipeline_inputs(["a cat, " * 40])
+        (chunk,) = family.encode_prompts([""]).groups[0][1]
+    inner = [chunk[:77], chunk[:77]] if convention == "n77" else [chunk[:76], chunk[1:]]
+    assert inputs["negative_prompt_embeds"].shape == inputs["prompt_embeds"].shape
+    assert torch.equal(inputs["negative_prompt_embeds"][0], torch.cat(inner))

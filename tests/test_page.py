@@ -311,3 +311,15 @@ def test_pieces() -> None:
     ]
     svg = base64.b64decode(loss_figure(spiked, "loss", "loss", "#000000").split(",")[1]).decode()
     assert not re.search(r"<!-- 100 -->", svg), "a first spike must not set the scale"
+
+
+def test_a_run_whose_every_sample_was_masked_has_a_page(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            line |= {"loss": None, "loss_debiased": None}
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    found = outline(page.write_page(run))
+    assert "Learning rates" in found.words
+    assert "Training loss" not in found.words

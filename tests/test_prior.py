@@ -197,7 +197,7 @@ def test_bare_pictures_with_one_caption_will_do(
     assert "no text" not in said
     with pytest.raises(DataError, match="cannot tell which column holds the text") as caught:
         opened(train_recipe(), bare)
-    assert caught.value.hint == 'Name it: prior.caption_column = "…".'
+    assert caught.value.hint.startswith("No column has strings")
 
 
 def test_mistakes_in_the_prior_are_called_so(train_recipe: Recipe, class_images: Path) -> None:

@@ -54,6 +54,19 @@ def test_chunks_at_their_limits(
     assert kept == num_tokens - num_dropped
 
 
+def test_exclamation_marks_are_words_for_every_encoder(tiny_model: Callable[[str], Path]) -> None:
+    """The second tokenizer of SDXL pads with "!"; a prompt's own are read by both encoders."""
+    family = load_tiny(tiny_model("sdxl"))
+    (first,), (second,) = (family._tokenize(name, "wow!!! a!") for name in family.encoders)
+    assert first[:6].tolist() == second[:6].tolist() == [BOS, 2781, 995, 320, 256, EOS]
+    assert (first[6:] == EOS).all()
+    assert (second[6:] == 0).all()
+    for prompt in ("cat " * 74 + "!!!", "!!!! " * 100):  # the encoders would differ in their chunks
+        with torch.no_grad():
+            states = family.encode_prompts([prompt]).groups[0][1]
+        assert states.shape[1] == 77 * family.num_chunks(prompt)
+
+
 @given(st.lists(st.sampled_from([COMMA, 1, 2, 3]), max_size=400))
 def test_splitting_keeps_every_token_in_order(ids: list[int]) -> None:
     for comma in (None, COMMA):

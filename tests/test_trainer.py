@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sdtrain import checkpoint
 from sdtrain.debias import LossFit
 from sdtrain.family import Family
 from sdtrain.noise import noise_for
+from sdtrain.planned import num_due
 from sdtrain.recipe import load_train_recipe
 from sdtrain.run import Run
 from sdtrain.run_folder import RunFolder
@@ -262,6 +264,20 @@ def test_cadences_are_due_at_both_ends_and_once_per_multiple(train_recipe: Recip
             due.append(now)
         before = now
     assert due == [0, 12, 20, 22]
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 5, 8, 10, 11, 21, 22, 30])
+@pytest.mark.parametrize("total", [2, 20, 22])
+def test_looks_are_promised_as_they_come(every: int, total: int) -> None:
+    """Two multiples in one step are one look, and one in the last step is the look at the end."""
+    clocks = [0, *range(4, total, 4), total]
+    run = SimpleNamespace(samples_seen=0, setup=SimpleNamespace(total_samples=total))
+    done, before = 0, 0
+    for now in clocks:
+        run.samples_seen = now
+        done += is_due(run, every, before)  # type: ignore[arg-type]
+        assert num_due(every, 4, total, now) == done
+        before = now
 
 
 def test_a_validated_run_trains_the_same_and_logs_both_sets(train_recipe: Recipe) -> None:

@@ -26,6 +26,9 @@ FORMAT_VERSION = 1
 PIXELS_VERSION = 1
 """Of what becomes of a file before the VAE: decoding, colour, orientation, Lanczos, crop, flip."""
 
+TEXT_VERSION = 2
+"""Of what becomes of a prompt before the encoders. 2: "!" is a word for SDXL's second one too."""
+
 VAE_DTYPE = "float32"
 
 _SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
@@ -60,7 +63,7 @@ def latents_key(kind: str, source_digest: str, bucket: Bucket, crop: Crop) -> by
 
 def text_kind(family: Family, section: CacheSection) -> str:
     """What the encoded prompts of one recipe have in common."""
-    return digest("text", FORMAT_VERSION, family.text_fingerprint(), section.dtype)
+    return digest("text", FORMAT_VERSION, TEXT_VERSION, family.text_fingerprint(), section.dtype)
 
 
 def text_key(kind: str, prompt: str) -> bytes:

@@ -16,7 +16,7 @@ from sdtrain.families._opening import open_model_files
 from sdtrain.families._stable_diffusion import StableDiffusion, only_length
 from sdtrain.families._tiny import TinySizes
 from sdtrain.formats.diffusers import Folder
-from sdtrain.text import TextConditioning, group_by_length, without_text
+from sdtrain.text import TextConditioning, empty_like, group_by_length, without_text
 
 NO_SIZES = MicroConditioning((0, 0), (0, 0), (0, 0))
 PIPELINE = "StableDiffusionXLPipeline"
@@ -191,13 +191,12 @@ class SdxlNetworks(StableDiffusion):
         conditioning = self.encode_prompts(prompts)
         states = only_length(conditioning)
         uncond = self.encode_prompts([""])
-        empty = only_length(uncond)
-        repeats = -(-states.shape[1] // empty.shape[1])
+        empty = empty_like(states, only_length(uncond), self.options.chunk_convention)
         assert conditioning.pooled is not None
         assert uncond.pooled is not None
         return {
             "prompt_embeds": states,
-            "negative_prompt_embeds": empty.repeat(len(states), repeats, 1)[:, : states.shape[1]],
+            "negative_prompt_embeds": empty,
             "pooled_prompt_embeds": conditioning.pooled,
             "negative_pooled_prompt_embeds": uncond.pooled.repeat(len(states), 1),
             **self._sizes(prompts),

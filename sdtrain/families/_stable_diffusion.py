@@ -260,8 +260,23 @@ class StableDiffusion:
         return cut_counter(tokenizer, self.options.max_chunks, self.options.split)
 
     def _tokenize(self, encoder: str, prompt: str) -> Tensor:
-        tokenizer = self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
-        return tokenize(tokenizer, prompt, self.options.max_chunks, self.options.split).ids
+        """Chunks with the words of the first tokenizer, wrapped and padded by the encoder's own.
+
+        SDXL's second one pads with "!", so transformers and diffusers make padding of every "!" in
+        a prompt, and more tokens of "!!!" than the first. The encoder was trained on the word, as
+        A1111 and ComfyUI feed it; and both encoders must be cut alike.
+        """
+        options, marks = self.options, self._tokenizer_of(encoder)
+        words = self.folder.tokenizers["tokenizer"] if self._has_one_vocabulary else marks
+        return tokenize(words, prompt, options.max_chunks, options.split, marks).ids
+
+    def _tokenizer_of(self, encoder: str) -> Any:
+        return self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
+
+    @cached_property
+    def _has_one_vocabulary(self) -> bool:
+        first, *others = (self._tokenizer_of(encoder).get_vocab() for encoder in self.encoders)
+        return all(other == first for other in others)
 
     def _encode(
         self, encoder: str, prompts: Sequence[str], layer: int, *, final_norm: bool
@@ -299,7 +314,7 @@ class StableDiffusion:
         tensors = sorted(self.named_parameters(), key=lambda named: named[0])
         for encoder in self.encoders:
             network: Any = self.parts[encoder]
-            tokenizer = self.folder.tokenizers[encoder.replace("text_encoder", "tokenizer")]
+            tokenizer = self._tokenizer_of(encoder)
             parts += [encoder, tokenizer_digest(tokenizer), _plain(network.config.to_dict())]
             own = ((path, t) for path, t in tensors if path.split(".")[0] == encoder)
             parts += tensor_hashes(own).values()

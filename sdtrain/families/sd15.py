@@ -15,7 +15,7 @@ from sdtrain.families._opening import open_model_files
 from sdtrain.families._stable_diffusion import DdpmOptions, StableDiffusion, only_length
 from sdtrain.families._tiny import TinySizes, write_tiny_folder
 from sdtrain.formats.diffusers import Folder
-from sdtrain.text import TextConditioning, group_by_length
+from sdtrain.text import TextConditioning, empty_like, group_by_length
 
 PIPELINE = "StableDiffusionPipeline"
 PARTS = {
@@ -120,11 +120,6 @@ class StableDiffusion15(StableDiffusion):
     def pipeline_inputs(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Embeddings of prompts that take equally many chunks, and of as many empty chunks."""
         states = only_length(self.encode_prompts(prompts))
-        empty = _empty_like(states, only_length(self.encode_prompts([""])))
+        uncond = only_length(self.encode_prompts([""]))
+        empty = empty_like(states, uncond, self.options.chunk_convention)
         return {"prompt_embeds": states, "negative_prompt_embeds": empty}
-
-
-def _empty_like(states: Tensor, empty: Tensor) -> Tensor:
-    """The encoded empty prompt, repeated to the length of `states` (B, L, D)."""
-    repeats = -(-states.shape[1] // empty.shape[1])
-    return empty.repeat(len(states), repeats, 1)[:, : states.shape[1]]
