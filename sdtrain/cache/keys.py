@@ -27,7 +27,7 @@ PIXELS_VERSION = 1
 """Of what becomes of a file before the VAE: decoding, colour, orientation, Lanczos, crop, flip."""
 
 TEXT_VERSION = 2
-"""Of what becomes of a prompt before the encoders. 2: "!" is a word for SDXL's second one too."""
+"""Of what becomes of a prompt before the encoders. 2: "!" is a word for all of them."""
 
 VAE_DTYPE = "float32"
 
