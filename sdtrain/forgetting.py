@@ -20,6 +20,7 @@ from sdprep.prompt_policy import PromptPolicy
 from sdprep.recipe import Section
 from sdprep.seeding import digest, integer
 from sdtrain.data_section import called
+from sdtrain.outputs import write_text_whole
 
 if TYPE_CHECKING:
     from sdtrain.buckets import Assignment
@@ -206,10 +207,8 @@ def _keep(place: Path, pictures: Sequence[Any], prompts: Sequence[str]) -> None:
     for name, picture in zip(names, pictures, strict=True):
         picture.save(place / name)
     entries = [{"file": n, "prompt": p} for n, p in zip(names, prompts, strict=True)]
-    scratch = place / f".{LISTING}.new"
     text = json.dumps(entries, indent=1, ensure_ascii=False)
-    scratch.write_text(text + "\n", encoding="utf-8", newline="\n")
-    scratch.replace(place / LISTING)
+    write_text_whole(place / LISTING, text + "\n")
 
 
 def _read(place: Path) -> Rows:

@@ -14,6 +14,7 @@ from PIL import Image
 from sdtrain import variety
 from sdtrain.contact_sheet import Cell
 from sdtrain.grid_page_style import SCRIPT, STYLE
+from sdtrain.outputs import write_text_whole
 from sdtrain.page_parts import table
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ def write_grid_page(
         f"{_board(rows, axes)}{_variety(rows, axes, relative, space)}{_DIALOG}"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(html, encoding="utf-8", newline="\n")
-    scratch.replace(path)
+    write_text_whole(path, html)
 
 
 _DIALOG = (

@@ -15,6 +15,7 @@ from sdtrain import page_evidence, page_plan, page_record, page_samples
 from sdtrain import page_figures as figures
 from sdtrain import page_parts as parts
 from sdtrain.matrices import Measured
+from sdtrain.outputs import write_text_whole
 from sdtrain.page_style import STYLE
 from sdtrain.paired import compare
 from sdtrain.probe import PROBE_FILE, Probe
@@ -74,9 +75,7 @@ def write_page(run: Path, *, is_running: bool = False) -> Path:
     if not folder.recipe.is_file():
         raise DataError(f"{run} is no run folder: it has no {folder.recipe.name}")
     path = run / PAGE
-    scratch = run / f".{PAGE}.new"
-    scratch.write_text(_page(folder, is_running), encoding="utf-8", newline="\n")
-    scratch.replace(path)
+    write_text_whole(path, _page(folder, is_running))
     return path
 
 

@@ -210,19 +210,21 @@ class EntryStore:
         """
         from filelock import Timeout
 
-        self.refresh()
-        if self._dataset is None or len(self._fragments) <= _MANY_FRAGMENTS:
+        if not self._has_many_blocks():
             return
         try:
             with self._lock(timeout=0):
-                self._join_blocks()
+                if self._has_many_blocks():  # another process may just have joined them
+                    self._join_blocks()
         except Timeout:
             return
 
+    def _has_many_blocks(self) -> bool:
+        self.refresh()
+        return len(self._fragments) > _MANY_FRAGMENTS
+
     def _join_blocks(self) -> None:
-        self.refresh()  # another process may just have done it
-        if self._dataset is None or len(self._fragments) <= _MANY_FRAGMENTS:
-            return
+        assert self._dataset is not None, "there are blocks"
         row_bytes = max(1, self.num_bytes // max(1, len(self._halves)))
         self._dataset.optimize.compact_files(
             target_rows_per_fragment=max(1, _FRAGMENT_BYTES // row_bytes)
